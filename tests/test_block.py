@@ -1,0 +1,109 @@
+import pytest
+import torch
+from dense_affinity import dense_scan
+from diffusers.models.attention_processor import Attention
+from tiny_models import awaken
+from tolerances import assert_close
+
+from gspn2_diffusers import GSPN2Block, GSPN2Config
+
+CONFIGS = [
+    GSPN2Config(),
+    GSPN2Config(mean_path=False),
+    GSPN2Config(groups=None, parameters_from="tokens", chunk_size=2),
+    GSPN2Config(proxy_dim=6, groups=2),
+]
+
+
+def uniform_attention(channels: int, **options) -> Attention:
+    """An attention layer whose queries are zero, so that every token gets the mean value."""
+    attention = Attention(channels, heads=2, dim_head=channels // 2, **options).double().eval()
+    torch.nn.init.zeros_(attention.to_q.weight)
+    if attention.to_q.bias is not None:
+        torch.nn.init.zeros_(attention.to_q.bias)
+    return attention
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.to_dict()}")
+def test_forward_is_project_scan_lift_with_a_dense_affinity_for_the_scan(config):
+    block = awaken(GSPN2Block(16, config).double())
+    height, width, proxy_dim = 3, 5, config.proxy_dim_for(16)
+    tokens = torch.randn(2, height * width, 16, dtype=torch.float64)
+
+    x = tokens @ block.down.weight.T
+    source = tokens if config.parameters_from == "tokens" else x
+    params = source @ block.to_params.weight.T + block.to_params.bias
+    groups = config.groups_for(16)
+    logits, lam, u, skip = params.mT.reshape(2, -1, height, width).split(
+        [12 * groups, *3 * [4 * proxy_dim]], dim=1
+    )
+    y = dense_scan(
+        x.mT.reshape(2, proxy_dim, height, width),
+        logits.reshape(2, 4, groups, 3, height, width),
+        *(gate.reshape(2, 4, proxy_dim, height, width) for gate in (lam, u, skip)),
+        config.chunk_size,
+    )
+    expected = y.flatten(2).mT @ block.up.weight.T + block.up.bias
+    if config.mean_path:
+        expected = expected + tokens.mean(1, keepdim=True) @ block.mean.weight.T
+    assert_close(block(tokens, (height, width)), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fresh_block_equals_the_layer_it_inherits_from_under_uniform_attention(bias):
+    attention = uniform_attention(16, bias=bias)
+    block = GSPN2Block(16, GSPN2Config()).double()
+    block.inherit(attention)
+    tokens = torch.randn(2, 12, 16, dtype=torch.float64)
+    assert_close(block(tokens, (3, 4)), attention(tokens), torch.float32)
+
+
+def test_inherits_the_best_low_rank_value_path():
+    attention = uniform_attention(16)
+    block = GSPN2Block(16, GSPN2Config(proxy_dim=4)).double()
+    block.inherit(attention)
+    value_path = attention.to_out[0].weight @ attention.to_v.weight
+    missing = torch.linalg.svdvals(value_path)[4:].square().sum().sqrt()
+    distance = torch.linalg.norm(value_path - block.up.weight @ block.down.weight)
+    torch.testing.assert_close(distance, missing, rtol=1e-4, atol=0)
+
+
+def test_a_fresh_block_without_mean_path_adds_only_the_inherited_bias():
+    attention = uniform_attention(16)
+    block = GSPN2Block(16, GSPN2Config(mean_path=False)).double()
+    block.inherit(attention)
+    tokens = torch.randn(2, 12, 16, dtype=torch.float64)
+    assert_close(block(tokens, (3, 4)), attention.to_out[0].bias.expand(2, 12, 16), torch.float32)
+
+
+def test_every_parameter_gets_a_gradient_after_the_first_step():
+    block = awaken(GSPN2Block(16, GSPN2Config()))
+    block(torch.randn(2, 12, 16), (3, 4)).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_fresh_block_can_leave_its_starting_point():
+    block = GSPN2Block(16, GSPN2Config(mean_path=False))
+    block(torch.randn(2, 12, 16), (3, 4)).sum().backward()
+    assert block.to_params.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("grid", [(1, 12), (12, 1), (3, 4), (4, 3)])
+def test_the_grid_matters_and_any_shape_runs(grid):
+    block = awaken(GSPN2Block(8, GSPN2Config(proxy_dim=4)))
+    tokens = torch.randn(3, 12, 8)
+    assert block(tokens, grid).shape == tokens.shape
+    other = (2, 6)
+    assert not torch.allclose(block(tokens, grid), block(tokens, other))
+
+
+def test_a_grid_that_does_not_match_the_tokens_is_refused():
+    block = GSPN2Block(8, GSPN2Config())
+    with pytest.raises(ValueError, match="expected 12 tokens for a grid of 3 x 4, got 13"):
+        block(torch.randn(1, 13, 8), (3, 4))
+
+
+def test_a_missing_grid_is_refused_and_says_where_it_comes_from():
+    with pytest.raises(ValueError, match="got none: run the layer inside its model"):
+        GSPN2Block(8, GSPN2Config())(torch.randn(1, 16, 8))
