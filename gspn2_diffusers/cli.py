@@ -1,0 +1,234 @@
+"""The command ``gspn2``. Commands import torch when they run, so that ``--help`` does not wait."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gspn2_diffusers import terminal
+
+# Width of generated file names, in characters of the prompt.
+STEM_LENGTH = 40
+
+app = typer.Typer(
+    name="gspn2",
+    help="GSPN-2 line scans in place of self-attention in diffusers pipelines.",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Pipeline: a folder, or a hub id.", show_default=False)]
+Weights = Annotated[
+    str | None, typer.Option(help="GSPN-2 weights: a folder or a hub id.", show_default=False)
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="May be repeated.", show_default="four of the gallery"),
+]
+Seed = Annotated[int, typer.Option(help="Prompt number i starts from the noise of seed + i.")]
+Device = Annotated[
+    str | None, typer.Option(help="cuda, mps or cpu.", show_default="the first there")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16.", show_default="by device"),
+]
+Height = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")]
+Width = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")]
+
+
+def _examples(*commands: str) -> str:
+    # An empty line is what the help prints as a line's end.
+    return "\n\n".join(["[bold]Examples[/]", *(f"  [cyan]{command}[/]" for command in commands)])
+
+
+@app.callback(
+    epilog=_examples("gspn2 doctor", "gspn2 demo", "gspn2 info owner/model"),
+)
+def gspn2(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    # `main` reads --debug itself, at any place on the line; it is declared here for the help text.
+    pass
+
+
+@app.command(
+    epilog=_examples(
+        "gspn2 demo",
+        "gspn2 demo --steps 50 --seed 7",
+        "gspn2 demo --score --scenes 64",
+    )
+)
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("outputs/demo"),
+    prompt: Prompts = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    seed: Seed = 0,
+    score: Annotated[
+        bool, typer.Option("--score", help="Also score both by the attribute probe.")
+    ] = False,
+    scenes: Annotated[int, typer.Option(min=2, help="Scenes that --score generates.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Compare softmax self-attention and GSPN-2 on Tiny Scenes, the pipeline that comes along.
+
+    Writes comparison.png and the single images, and prints what each stage took. Works offline.
+    """
+    terminal.quiet_libraries()
+    from gspn2_diffusers.demo import run_demo
+
+    with terminal.progress_bar() as bar:
+        result = run_demo(
+            output,
+            prompt or (),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            score_scenes=scenes if score else 0,
+            progress=_TaskPerName(bar),
+        )
+    terminal.stdout.print(terminal.times_table(result.times))
+    if score:
+        terminal.stdout.print(terminal.scores_table(result.scores))
+    terminal.print_line(str(result.comparison))
+
+
+@app.command(
+    epilog=_examples(
+        "gspn2 generate ./my-pipeline -p 'a red cube'",
+        "gspn2 generate owner/model --weights ./my-gspn2 -p 'a lake' -p 'a hill'",
+        "gspn2 generate owner/model -p 'a lake' --height 832 --width 1216",
+    )
+)
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="May be repeated.", show_default=False)
+    ],
+    weights: Weights = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Denoising steps.", show_default="the pipeline's"),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance.", show_default="the pipeline's"),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("outputs"),
+) -> None:
+    """Generate images with any pipeline, by GSPN-2 if weights are given.
+
+    Prints the paths of the images.
+    """
+    terminal.quiet_libraries()
+    from gspn2_diffusers.pipelines import generate_images, load_pipeline
+
+    pipe = load_pipeline(model, weights=weights, dtype=dtype, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    with terminal.progress_bar() as bar:
+        task = bar.add_task("generating", total=None)
+        images = generate_images(
+            pipe,
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    for index, (image, text) in enumerate(zip(images, prompt, strict=True)):
+        path = output / _file_name(index, text)
+        image.save(path)
+        terminal.print_line(str(path))
+
+
+@app.command(
+    epilog=_examples(
+        "gspn2 info ./my-pipeline",
+        "gspn2 info owner/model --height 832 --width 1216",
+    )
+)
+def info(model: Model, height: Height = None, width: Width = None) -> None:
+    """List the self-attention layers that GSPN-2 can replace, with their grids.
+
+    Reads the model's configuration only: no weights are loaded.
+    """
+    terminal.quiet_libraries()
+    from gspn2_diffusers.pipelines.outline import outline_sites
+
+    terminal.stdout.print(terminal.sites_table(outline_sites(model, height=height, width=width)))
+
+
+@app.command(epilog=_examples("gspn2 doctor"))
+def doctor() -> None:
+    """Say what was found on this machine, what will be used, and why.
+
+    Ends with exit code 1 if something is missing.
+    """
+    terminal.quiet_libraries()
+    from gspn2_diffusers.doctor import examine
+
+    findings = examine()
+    terminal.stdout.print(terminal.findings_table(findings))
+    if any(finding.good is False for finding in findings):
+        raise typer.Exit(1)
+
+
+class _TaskPerName:
+    """Turns calls (name, done, total) into one bar per name."""
+
+    def __init__(self, bar) -> None:
+        self.bar = bar
+        self.tasks: dict[str, int] = {}
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bar.add_task(name, total=total)
+        self.bar.update(self.tasks[name], completed=done)
+
+
+def _file_name(index: int, prompt: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return f"{index:02d}-{words[:STEM_LENGTH].rstrip('-')}.png"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; an error is one line on stderr, or with ``--debug`` a traceback.
+
+    Returns:
+        Exit code: 0, 1 for a failure, 2 for a mistake in what was asked, 130 if interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    try:
+        return app(arguments, prog_name="gspn2", standalone_mode=False) or 0
+    except (typer.Abort, KeyboardInterrupt):
+        terminal.print_error("interrupted")
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        # Errors in the arguments themselves; their class is typer's or click's, by version.
+        if hasattr(error, "format_message"):
+            terminal.print_error(error.format_message())
+            return 2
+        terminal.print_error(str(error) or type(error).__name__)
+        return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,214 @@
+"""The same prompts and seeds by softmax self-attention and by GSPN-2, side by side and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+
+from gspn2_diffusers import apply_gspn2
+from gspn2_diffusers.comparison import draw_comparison
+from gspn2_diffusers.pipelines.generation import seeded
+from gspn2_diffusers.pipelines.loading import load_pipeline
+from gspn2_diffusers.shipped import shipped_folder
+
+SOFTMAX = "softmax self-attention"
+GSPN2 = "GSPN-2"
+GUIDANCE_SCALE = 4.0
+SCORE_BATCH = 16  # images at a time: bounds memory, and paces the progress bar
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class StageTimes:
+    """Seconds that each stage of one run took, for all its prompts together."""
+
+    steps: int
+    load: float = 0.0
+    text: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds from the first stage to the last."""
+        return self.load + self.text + self.denoise + self.decode
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of one denoising step of all prompts, guidance included."""
+        return 1000 * self.denoise / self.steps
+
+
+@dataclass
+class DemoResult:
+    """What `run_demo` wrote and measured; dictionaries go by `SOFTMAX` and `GSPN2`.
+
+    `scores` is empty unless scoring was asked for.
+    """
+
+    comparison: Path
+    images: dict[str, list[Path]]
+    times: dict[str, StageTimes]
+    scores: dict[str, dict] = field(default_factory=dict)
+
+
+def run_demo(
+    output: Path,
+    prompts: Sequence[str] = (),
+    *,
+    steps: int = 25,
+    guidance_scale: float = GUIDANCE_SCALE,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    score_scenes: int = 0,
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Generate the prompts by both, and write ``comparison.png`` and the single images to output.
+
+    Args:
+        output: folder; made if it is not there.
+        prompts: empty takes `gallery_prompts`.
+        seed: prompt i starts from noise of seed + i, in both runs.
+        score_scenes: scenes to score both runs on by the attribute probe; 0 leaves scoring out.
+        progress: called with (what is running, done, expected), in steps or in scenes.
+
+    Raises:
+        FileNotFoundError: this installation lacks the Tiny Scenes weights.
+        ValueError: an unknown device or dtype, fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"expected at least 1 step; got {steps}")
+    prompts = list(prompts) or gallery_prompts()
+    model, weights = shipped_folder("pipeline"), shipped_folder("gspn2")
+    times = {name: StageTimes(steps) for name in (SOFTMAX, GSPN2)}
+    images, scores = {}, {}
+
+    with _timed(times[SOFTMAX], "load"):
+        pipe = load_pipeline(model, dtype=dtype, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    for name in (SOFTMAX, GSPN2):
+        if name == GSPN2:
+            with _timed(times[GSPN2], "load"):
+                apply_gspn2(pipe, str(weights))
+        on_step = _step_counter(name, steps, progress)
+        images[name] = _generate(pipe, prompts, guidance_scale, seed, times[name], on_step)
+        if score_scenes:
+            scores[name] = _score(pipe, name, score_scenes, steps, guidance_scale, seed, progress)
+
+    output.mkdir(parents=True, exist_ok=True)
+    paths = {name: _save(images[name], output, name) for name in images}
+    comparison = output / "comparison.png"
+    draw_comparison(images, prompts).save(comparison)
+    return DemoResult(comparison, paths, times, scores)
+
+
+def gallery_prompts(count: int = 4) -> list[str]:
+    """The first captions of the Tiny Scenes gallery."""
+    from gspn2_diffusers.tiny_scenes.captions import GALLERY
+
+    return [caption for caption, _ in GALLERY[:count]]
+
+
+def _generate(
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    guidance_scale: float,
+    seed: int,
+    times: StageTimes,
+    on_step_end: Callable[..., dict],
+) -> list[Image.Image]:
+    """Run the pipeline's three stages one by one, so that each can be timed."""
+    # Untimed, or the first run would pay for what both need: kernels loaded, threads started.
+    pipe(prompts, num_inference_steps=1, guidance_scale=guidance_scale, output_type="latent")
+    with _timed(times, "text"):
+        embeds, negative = pipe.encode_prompt(
+            prompts, pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+    with _timed(times, "denoise"):
+        latents = pipe(
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            num_inference_steps=times.steps,
+            guidance_scale=guidance_scale,
+            generator=[seeded(seed + index) for index in range(len(prompts))],
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+        ).images
+    with _timed(times, "decode"), torch.inference_mode():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        return pipe.image_processor.postprocess(decoded, output_type="pil")
+
+
+def _score(
+    pipe: DiffusionPipeline,
+    name: str,
+    scenes: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    progress: Progress | None,
+) -> dict:
+    """What `tiny_scenes.score.score` says of the pipeline on held-out scenes."""
+    from gspn2_diffusers.tiny_scenes.data import held_out_scenes
+    from gspn2_diffusers.tiny_scenes.probe import Probe
+    from gspn2_diffusers.tiny_scenes.score import score
+
+    done = 0
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        if progress is not None:
+            progress(f"scoring {name}", done, scenes)
+
+    return score(
+        pipe,
+        Probe.from_pretrained(shipped_folder("probe")).to(pipe.device).eval(),
+        held_out_scenes(scenes, seed),
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=SCORE_BATCH,
+        seed=seed,
+        progress=count,
+    )
+
+
+@contextmanager
+def _timed(times: StageTimes, stage: str) -> Iterator[None]:
+    """Set one stage's seconds, with the GPU's queue emptied at both ends."""
+    _synchronize()
+    start = time.perf_counter()
+    yield
+    _synchronize()
+    setattr(times, stage, time.perf_counter() - start)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _step_counter(name: str, steps: int, progress: Progress | None) -> Callable[..., dict]:
+    def on_step_end(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+        if progress is not None:
+            progress(name, step + 1, steps)
+        return tensors
+
+    return on_step_end
+
+
+def _save(images: list[Image.Image], output: Path, name: str) -> list[Path]:
+    stem = name.split()[0].lower()
+    paths = [output / f"{index:02d}-{stem}.png" for index in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    return paths

@@ -1,0 +1,115 @@
+"""What the command line prints: progress, tables, warnings and one-line errors."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gspn2_diffusers.demo import StageTimes
+    from gspn2_diffusers.doctor import Finding
+    from gspn2_diffusers.sites import Site
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is: paths stay in one piece, to be copied or piped."""
+    print(text, file=sys.stdout)
+
+
+def print_error(message: str) -> None:
+    """Print the first line of a message on stderr, unwrapped."""
+    first = next(iter(message.strip().splitlines()), "unknown error")
+    stderr.print(f"[bold red]error:[/] {escape(first)}", soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own bars and notes; this package's warnings become one line each."""
+    import diffusers
+    import transformers
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", message="(?s).*GSPN-2")
+    warnings.showwarning = _print_warning
+
+
+def _print_warning(message: Warning | str, *_: object) -> None:
+    stderr.print(f"[bold yellow]warning:[/] {escape(str(message))}")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr which is gone when done, and absent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        yield bar
+
+
+def times_table(times: Mapping[str, StageTimes]) -> Table:
+    """Seconds by stage and milliseconds per step, one row per run."""
+    table = Table(title="Time of all prompts together, in seconds", title_justify="left")
+    table.add_column("")
+    for stage in ("load", "text", "steps", "decode", "total", "ms/step"):
+        table.add_column(stage, justify="right")
+    for name, run in times.items():
+        seconds = (run.load, run.text, run.denoise, run.decode, run.total)
+        table.add_row(name, *(f"{value:.2f}" for value in seconds), f"{run.step_ms:.0f}")
+    return table
+
+
+def scores_table(scores: Mapping[str, Mapping]) -> Table:
+    """Results of the attribute probe, one column per run; shares in percent."""
+    first = next(iter(scores.values()))
+    title = f"Probe against caption, {first['scenes']} scenes, in percent"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in scores:
+        table.add_column(name, justify="right")
+    for attribute in first["accuracy"]:
+        row = (f"{100 * run['accuracy'][attribute]:.1f}" for run in scores.values())
+        table.add_row(attribute.replace("_", " "), *row)
+    table.add_section()
+    for key, label in {"mean_accuracy": "mean", "all_right": "all of a scene right"}.items():
+        table.add_row(label, *(f"{100 * run[key]:.1f}" for run in scores.values()))
+    table.add_row("Fréchet distance", *(f"{run['frechet']:.2f}" for run in scores.values()))
+    return table
+
+
+def sites_table(sites: Sequence[Site]) -> Table:
+    """One row per self-attention layer; the names in SDXL fit 80 columns."""
+    title = f"{len(sites)} self-attention layers that GSPN-2 can replace"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("name", justify="left", overflow="fold")
+    for heading in ("channels", "heads", "grid"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for site in sites:
+        grid = "x".join(map(str, site.grid)) if site.grid else "?"
+        table.add_row(site.name, str(site.channels), str(site.heads), grid)
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """One row per finding; a mark tells what is in order and what is not."""
+    marks = {True: "[green]ok[/]", False: "[bold red]no[/]", None: ""}
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for finding in findings:
+        table.add_row(marks[finding.good], finding.topic, escape(finding.found))
+    return table

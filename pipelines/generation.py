@@ -1,0 +1,69 @@
+"""Generate one image per prompt, each from a seed of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+Progress = Callable[[int, int], None]
+
+
+def generate_images(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """Generate the prompts one after the other; prompt i starts from noise of seed + i.
+
+    Args:
+        steps, guidance_scale, height, width: None leaves them to the pipeline; sizes in pixels.
+        progress: called with (done, expected), in steps or in images, over all prompts.
+
+    Raises:
+        ValueError: the pipeline takes no text prompt.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in accepted:
+        raise ValueError(f"expected a pipeline that takes a text prompt; got {type(pipe).__name__}")
+    options = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    images = []
+    for index, prompt in enumerate(prompts):
+        # Some pipelines, PixArt among them, have no such callback: their progress is by image.
+        if "callback_on_step_end" in accepted:
+            options["callback_on_step_end"] = _step_counter(index, len(prompts), progress)
+        output = pipe(prompt, generator=seeded(seed + index), **options)
+        images.append(output.images[0])
+        if progress is not None:
+            progress(index + 1, len(prompts))
+    return images
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator: the same seed gives the same noise whatever device the pipeline is on."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _step_counter(index: int, prompts: int, progress: Progress | None) -> Callable[..., dict]:
+    def on_step_end(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict) -> dict:
+        if progress is not None:
+            steps = pipe.num_timesteps
+            progress(index * steps + step + 1, prompts * steps)
+        return tensors
+
+    return on_step_end

@@ -1,0 +1,143 @@
+"""The command line, called as its console script calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import transformers
+from PIL import Image, ImageChops
+
+from gspn2_diffusers import cli, doctor
+from gspn2_diffusers.doctor import Finding
+
+COMMANDS = ("demo", "generate", "info", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def restore_logging(monkeypatch):
+    """Commands silence the libraries for good; the tests after them want them as they were."""
+    monkeypatch.setenv("COLUMNS", "80")
+    loggers = [diffusers.utils.logging, transformers.utils.logging]
+    verbosities = [logging.get_verbosity() for logging in loggers]
+    yield
+    for logging, verbosity in zip(loggers, verbosities, strict=True):
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def differ(first: Path, second: Path) -> bool:
+    with Image.open(first) as a, Image.open(second) as b:
+        return ImageChops.difference(a, b).getbbox() is not None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_fits_80_columns(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"gspn2 {command}" in out.partition("Examples")[2]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert cli.main([]) == 0
+    assert all(command in capsys.readouterr().out for command in ["Commands"])
+
+
+def test_help_does_not_wait_for_torch():
+    program = (
+        "import sys; from gspn2_diffusers.cli import main; main(['demo', '--help']);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_generate_writes_one_image_per_prompt_and_prints_only_their_paths(
+    sd_folder, tmp_path, capsys
+):
+    arguments = ["generate", sd_folder, "-p", "a red cube", "-p", "A hill!", "--steps", "2"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    paths = [tmp_path / "00-a-red-cube.png", tmp_path / "01-a-hill.png"]
+    assert capsys.readouterr().out.splitlines() == list(map(str, paths))
+    assert [Image.open(path).size for path in paths] == [(32, 32), (32, 32)]
+
+
+def test_generate_repeats_itself_by_seed_and_prompts_have_noise_of_their_own(sd_folder, tmp_path):
+    def run(name, *options):
+        arguments = ["generate", sd_folder, "--steps", "1", "-p", "x", "-p", "x", *options]
+        assert cli.main([*arguments, "-o", str(tmp_path / name)]) == 0
+        return tmp_path / name / "00-x.png", tmp_path / name / "01-x.png"
+
+    first, second = run("a", "--seed", "3")
+    assert not differ(first, run("b", "--seed", "3")[0])
+    assert not differ(second, run("c", "--seed", "4")[0])
+    assert differ(first, second)
+
+
+def test_generate_takes_size_and_weights(sd_folder, gspn2_folder, tmp_path, capsys):
+    options = ["-p", "x", "--steps", "1", "--height", "40", "--width", "24"]
+    for name, weights in {"softmax": [], "gspn2": ["--weights", gspn2_folder]}.items():
+        output = ["--output", str(tmp_path / name)]
+        assert cli.main(["generate", sd_folder, *options, *weights, *output]) == 0
+    assert capsys.readouterr().err == ""
+    softmax, gspn2 = tmp_path / "softmax" / "00-x.png", tmp_path / "gspn2" / "00-x.png"
+    assert Image.open(gspn2).size == (24, 40)
+    assert differ(softmax, gspn2)
+
+
+def test_info_lists_every_site_on_one_line_with_the_grid_at_that_size(sd_folder, capsys):
+    assert cli.main(["info", sd_folder, "--height", "40", "--width", "104"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "attn1" in line]
+    assert len(lines) == 7
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    assert [name, "32", "4", "10x26"] in lines
+
+
+def test_doctor_tells_the_backend_and_fails_when_something_is_missing(monkeypatch, capsys):
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert "line scan" in out and "diffusers" in out
+    for good, code in {True: 0, None: 0, False: 1}.items():
+        monkeypatch.setattr(doctor, "examine", lambda good=good: [Finding("x", "y", good)])
+        assert cli.main(["doctor"]) == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["frobnicate"], 2, "No such command"),
+        (["generate"], 2, "Missing argument"),
+        (["generate", "{sd}"], 2, "--prompt"),
+        (["generate", "{sd}", "-p", "x", "--steps", "0"], 2, "--steps"),
+        (["generate", "{sd}", "-p", "x", "--dtype", "int8"], 2, "float32, float16, bfloat16"),
+        (["generate", "{sd}", "-p", "x", "--device", "toaster"], 2, "'toaster'"),
+        (["generate", "{sd}", "-p", "x", "--device", "cuda:99"], 2, "'cuda:99'"),
+        (["generate", "{sd}", "-p", "x", "--weights", "{empty}"], 2, "{empty}"),
+        (["generate", "owner/model", "-p", "x"], 1, "HF_HUB_OFFLINE"),
+        (["info", "owner/model"], 1, "HF_HUB_OFFLINE"),
+        (["info", "/no/such/folder"], 2, "/no/such/folder does not exist"),
+        (["info", "{empty}"], 2, "model_index.json"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(arguments, code, message, sd_folder, tmp_path, capsys):
+    places = {"sd": sd_folder, "empty": str(tmp_path)}
+    assert cli.main([argument.format(**places) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message.format(**places) in err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "info", "/no"], ["info", "/no", "--debug"]])
+def test_debug_lets_the_traceback_through(arguments):
+    with pytest.raises(ValueError, match="/no does not exist"):
+        cli.main(arguments)
+
+
+def test_example_script_patches_a_pipeline(sd_folder, gspn2_folder, tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "patch_pipeline.py"
+    output = tmp_path / "image.png"
+    options = ["--weights", gspn2_folder, "--output", str(output)]
+    subprocess.run([sys.executable, str(script), sd_folder, "a cube", *options], check=True)
+    assert Image.open(output).size == (32, 32)
