@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import safetensors
+import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
@@ -78,7 +79,8 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
                 "without GSPN-2 blocks"
             )
         blocks = [model.get_submodule(site.name).gspn2 for site in patched]
-        adapter = cls(type(model).__name__, _layers(patched), blocks[0].config.to_dict())
+        with torch.device("meta"):  # its own blocks are only placeholders
+            adapter = cls(type(model).__name__, _layers(patched), blocks[0].config.to_dict())
         adapter.blocks = nn.ModuleList(blocks)
         return adapter
 

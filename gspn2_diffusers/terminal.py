@@ -89,7 +89,7 @@ def scores_table(scores: Mapping[str, Mapping]) -> Table:
     table.add_section()
     for key, label in {"mean_accuracy": "mean", "all_right": "all of a scene right"}.items():
         table.add_row(label, *(f"{100 * run[key]:.1f}" for run in scores.values()))
-    table.add_row("Fréchet distance", *(f"{run['frechet']:.2f}" for run in scores.values()))
+    table.add_row("Fréchet distance", *(f"{run['frechet']:.3g}" for run in scores.values()))
     return table
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_affinity import dense_scan
-from tolerances import assert_close
 
 from gspn2_diffusers import gspn2_scan
 
@@ -108,9 +106,3 @@ def test_nothing_is_timed_or_written_behind_a_closed_gate(denoiser, monkeypatch,
 def test_outputs_that_are_not_finite_are_refused(gate):
     with pytest.raises(gate.GateError, match="gspn2 at 8x8: expected finite outputs"):
         gate.check_finite("gspn2 at 8x8", torch.tensor([1.0, torch.inf]))
-
-
-def test_the_gates_dense_affinity_agrees_with_the_tests(gate):
-    shapes = ((1, 4, 3, 5), (1, 4, 2, 3, 3, 5), *3 * [(1, 4, 4, 3, 5)])
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    assert_close(gate.dense_scan(*inputs), dense_scan(*inputs))

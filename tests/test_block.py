@@ -1,11 +1,11 @@
 import pytest
 import torch
-from dense_affinity import dense_scan
 from diffusers.models.attention_processor import Attention
 from tiny_models import awaken
 from tolerances import assert_close
 
 from gspn2_diffusers import GSPN2Block, GSPN2Config
+from gspn2_diffusers.kernels.dense import dense_scan
 
 CONFIGS = [
     GSPN2Config(),
@@ -41,7 +41,7 @@ def test_forward_is_project_scan_lift_with_a_dense_affinity_for_the_scan(config)
         x.mT.reshape(2, proxy_dim, height, width),
         logits.reshape(2, 4, groups, 3, height, width),
         *(gate.reshape(2, 4, proxy_dim, height, width) for gate in (lam, u, skip)),
-        config.chunk_size,
+        chunk_size=config.chunk_size,
     )
     expected = y.flatten(2).mT @ block.up.weight.T + block.up.bias
     if config.mean_path:

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from dense_affinity import dense_scan
 from tolerances import assert_close
 
 from gspn2_diffusers.kernels import DIRECTIONS, gspn2_scan
+from gspn2_diffusers.kernels.dense import dense_scan
 from gspn2_diffusers.kernels.reference import propagation_weights
 
 
@@ -47,7 +47,7 @@ def test_matches_the_dense_affinity_for_any_shape_and_option(seed):
     skip = skip if case["skip"] else None
     y = gspn2_scan(x, logits, lam, u, skip, chunk_size=case["chunk_size"])
     assert y.dtype == case["dtype"]
-    assert_close(y, dense_scan(x, logits, lam, u, skip, case["chunk_size"]))
+    assert_close(y, dense_scan(x, logits, lam, u, skip, chunk_size=case["chunk_size"]))
 
 
 @pytest.mark.parametrize("direction", range(4), ids=DIRECTIONS)
