@@ -76,7 +76,7 @@ def demo(
     ] = False,
     scenes: Annotated[int, typer.Option(min=2, help="Scenes that --score generates.")] = 64,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
 ) -> None:
     """Compare softmax self-attention and GSPN-2 on Tiny Scenes, the pipeline that comes along.
 

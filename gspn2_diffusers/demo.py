@@ -7,16 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from gspn2_diffusers import apply_gspn2
 from gspn2_diffusers.comparison import draw_comparison
 from gspn2_diffusers.pipelines.generation import seeded
 from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.shipped import shipped_folder
+
+if TYPE_CHECKING:
+    from gspn2_diffusers.tiny_scenes.probe import Probe
+    from gspn2_diffusers.tiny_scenes.scenes import Scenes
 
 SOFTMAX = "softmax self-attention"
 GSPN2 = "GSPN-2"
@@ -68,7 +74,7 @@ def run_demo(
     guidance_scale: float = GUIDANCE_SCALE,
     seed: int = 0,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str = torch.float32,
     score_scenes: int = 0,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -78,6 +84,7 @@ def run_demo(
         output: folder; made if it is not there.
         prompts: empty takes `gallery_prompts`.
         seed: prompt i starts from noise of seed + i, in both runs.
+        dtype: the models are small enough for float32 everywhere; shorter ones round the latents.
         score_scenes: scenes to score both runs on by the attribute probe; 0 leaves scoring out.
         progress: called with (what is running, done, expected), in steps or in scenes.
 
@@ -95,14 +102,15 @@ def run_demo(
     with _timed(times[SOFTMAX], "load"):
         pipe = load_pipeline(model, dtype=dtype, device=device)
     pipe.set_progress_bar_config(disable=True)
+    exam = _prepare_exam(pipe, score_scenes, seed) if score_scenes else None
     for name in (SOFTMAX, GSPN2):
         if name == GSPN2:
             with _timed(times[GSPN2], "load"):
                 apply_gspn2(pipe, str(weights))
         on_step = _step_counter(name, steps, progress)
         images[name] = _generate(pipe, prompts, guidance_scale, seed, times[name], on_step)
-        if score_scenes:
-            scores[name] = _score(pipe, name, score_scenes, steps, guidance_scale, seed, progress)
+        if exam is not None:
+            scores[name] = _score(pipe, name, exam, steps, guidance_scale, progress)
 
     output.mkdir(parents=True, exist_ok=True)
     paths = {name: _save(images[name], output, name) for name in images}
@@ -148,18 +156,36 @@ def _generate(
         return pipe.image_processor.postprocess(decoded, output_type="pil")
 
 
+@dataclass
+class _Exam:
+    """What both runs are scored on: a probe, scenes, and the probe's features of their pictures."""
+
+    probe: Probe
+    scenes: Scenes
+    reference: Tensor
+    seed: int
+
+
+def _prepare_exam(pipe: DiffusionPipeline, scenes: int, seed: int) -> _Exam:
+    from gspn2_diffusers.tiny_scenes.data import Renderer, held_out_scenes
+    from gspn2_diffusers.tiny_scenes.probe import Probe
+    from gspn2_diffusers.tiny_scenes.score import render_features
+
+    probe = Probe.from_pretrained(shipped_folder("probe")).to(pipe.device).eval()
+    drawn = held_out_scenes(scenes, seed)
+    renderer = Renderer(pipe.vae.config.sample_size, pipe.device)
+    return _Exam(probe, drawn, render_features(probe, drawn, renderer, SCORE_BATCH), seed)
+
+
 def _score(
     pipe: DiffusionPipeline,
     name: str,
-    scenes: int,
+    exam: _Exam,
     steps: int,
     guidance_scale: float,
-    seed: int,
     progress: Progress | None,
 ) -> dict:
-    """What `tiny_scenes.score.score` says of the pipeline on held-out scenes."""
-    from gspn2_diffusers.tiny_scenes.data import held_out_scenes
-    from gspn2_diffusers.tiny_scenes.probe import Probe
+    """What `tiny_scenes.score.score` says of the pipeline."""
     from gspn2_diffusers.tiny_scenes.score import score
 
     done = 0
@@ -168,16 +194,17 @@ def _score(
         nonlocal done
         done += images
         if progress is not None:
-            progress(f"scoring {name}", done, scenes)
+            progress(f"scoring {name}", done, len(exam.scenes))
 
     return score(
         pipe,
-        Probe.from_pretrained(shipped_folder("probe")).to(pipe.device).eval(),
-        held_out_scenes(scenes, seed),
+        exam.probe,
+        exam.scenes,
         steps=steps,
         guidance_scale=guidance_scale,
         batch_size=SCORE_BATCH,
-        seed=seed,
+        seed=exam.seed,
+        reference=exam.reference,
         progress=count,
     )
 

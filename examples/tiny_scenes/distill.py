@@ -34,10 +34,10 @@ from gspn2_diffusers import (
 )
 from gspn2_diffusers.pipelines.loading import load_pipeline
 
-from .data import held_out_scenes
+from .data import Renderer, held_out_scenes
 from .models import WEIGHTS, build_scheduler
 from .probe import Probe
-from .score import score
+from .score import render_features, score
 from .train_pipeline import CAPTIONS_PER_SCENE, Objective, latents_with_captions
 from .training import (
     Trainer,
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if accelerator.is_main_process:
         adapter.half().save_pretrained(args.gspn2_dir)
         if args.eval_scenes:
-            result = evaluate(args, accelerator.device)
+            result = evaluate(args, renderer)
             accelerator.print(json.dumps(result, indent=2), flush=True)
     accelerator.end_training()
     return result
@@ -175,17 +175,19 @@ def make_student(
     return student, GSPN2Adapter.of_patched(student).requires_grad_(True)
 
 
-def evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+def evaluate(args: argparse.Namespace, renderer: Renderer) -> dict[str, dict]:
     """Scores of the saved pipeline without and with the saved blocks, on held-out scenes."""
-    pipe = load_pipeline(args.pipeline, dtype="float32", device=device)
+    pipe = load_pipeline(args.pipeline, dtype="float32", device=renderer.device)
     pipe.set_progress_bar_config(disable=True)
-    probe = Probe.from_pretrained(args.probe).to(device).eval()
+    probe = Probe.from_pretrained(args.probe).to(renderer.device).eval()
     scenes = held_out_scenes(args.eval_scenes, args.seed)
+    reference = render_features(probe, scenes, renderer, args.pool_batch_size)
 
     def measure() -> dict:
         return score(
             pipe, probe, scenes, steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale, batch_size=args.pool_batch_size,
+            reference=reference,
         )  # fmt: skip
 
     teacher = measure()

@@ -39,13 +39,14 @@ def score(
     guidance_scale: float = 4.0,
     batch_size: int = 64,
     seed: int = 0,
-    renderer: Renderer | None = None,
+    reference: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
     """Generate a picture for every scene's caption and compare it with the scene.
 
-    captions: one per scene, by default drawn from the grammar with ``seed``. renderer: draws the
-        true pictures for the Fréchet distance. progress: called with each batch's number of images.
+    captions: one per scene, by default drawn from the grammar with ``seed``. reference: features of
+        the true pictures, by default ``render_features``; pass them to score several pipelines on
+        the same scenes. progress: called with each batch's number of images.
 
     Returns ``accuracy`` of every attribute where it applies, their mean ``mean_accuracy``,
     ``all_right`` (share of scenes with every applicable attribute right), ``frechet`` (distance
@@ -67,19 +68,24 @@ def score(
         features.append(probe.features(images))
         if progress is not None:
             progress(len(prompts))
-    renderer = renderer or Renderer(images.shape[-1], device)
-    renders = [
-        probe.features(renderer(scenes[begin : begin + batch_size]))
-        for begin in range(0, len(scenes), batch_size)
-    ]
+    if reference is None:
+        renderer = Renderer(images.shape[-1], device)
+        reference = render_features(probe, scenes, renderer, batch_size)
     return {
         **_compare(torch.cat(found), scenes),
-        "frechet": frechet_distance(torch.cat(features), torch.cat(renders)),
+        "frechet": frechet_distance(torch.cat(features), reference),
         "scenes": len(scenes),
         "steps": steps,
         "guidance_scale": guidance_scale,
         "seconds": seconds,
     }
+
+
+@torch.no_grad()
+def render_features(probe: Probe, scenes: Scenes, renderer: Renderer, batch_size: int) -> Tensor:
+    """The probe's features ``[n, d]`` of the true pictures of the scenes."""
+    parts = [scenes[begin : begin + batch_size] for begin in range(0, len(scenes), batch_size)]
+    return torch.cat([probe.features(renderer(part)) for part in parts])
 
 
 def _generate(
@@ -150,6 +156,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", help="default: the first of cuda, mps and cpu that is there")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add("--mixed_precision", choices=("no", "bf16"), default="no", help="bf16: autocast, faster")
     add("--report", action="store_true", help="add the attention report and the mean ablation")
     add("--output", type=Path, help="JSON file of the results")
     return parser.parse_args(argv)
@@ -162,12 +169,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     pipe.set_progress_bar_config(disable=True)
     probe = Probe.from_pretrained(args.probe).to(pipe.device).eval()
     scenes = held_out_scenes(args.scenes, args.seed)
+    renderer = Renderer(pipe.vae.config.sample_size, pipe.device)
+    reference = render_features(probe, scenes, renderer, args.batch_size)
 
     def measure() -> dict:
-        return score(
-            pipe, probe, scenes, steps=args.steps, guidance_scale=args.guidance_scale,
-            batch_size=args.batch_size, seed=args.seed,
-        )  # fmt: skip
+        with torch.autocast(pipe.device.type, torch.bfloat16, args.mixed_precision == "bf16"):
+            return score(
+                pipe, probe, scenes, steps=args.steps, guidance_scale=args.guidance_scale,
+                batch_size=args.batch_size, seed=args.seed, reference=reference,
+            )  # fmt: skip
 
     results = {"softmax": measure()}
     if args.report:

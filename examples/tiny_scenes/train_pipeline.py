@@ -33,7 +33,7 @@ from .models import (
 )
 from .probe import Probe
 from .scenes import Scenes
-from .score import score
+from .score import render_features, score
 from .tokenizer import build_tokenizer
 from .training import (
     Trainer,
@@ -180,8 +180,7 @@ class Objective:
 
 def evaluate(args: argparse.Namespace, renderer: Renderer) -> dict:
     """Score of the saved pipeline on held-out scenes, in float32; also writes ``samples.png``."""
-    device = renderer.device
-    pipeline = load_pipeline(args.pipeline_dir, dtype="float32", device=device)
+    pipeline = load_pipeline(args.pipeline_dir, dtype="float32", device=renderer.device)
     pipeline.set_progress_bar_config(disable=True)
     samples = pipeline(
         [text for text, _ in GALLERY],
@@ -191,14 +190,16 @@ def evaluate(args: argparse.Namespace, renderer: Renderer) -> dict:
         output_type="pt",
     ).images
     save_sheet(samples, args.output_dir / "samples.png", columns=4)
+    probe = Probe.from_pretrained(args.probe).to(renderer.device).eval()
+    scenes = held_out_scenes(args.eval_scenes, args.seed)
     return score(
         pipeline,
-        Probe.from_pretrained(args.probe).to(device).eval(),
-        held_out_scenes(args.eval_scenes, args.seed),
+        probe,
+        scenes,
         steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         batch_size=args.pool_batch_size,
-        renderer=renderer,
+        reference=render_features(probe, scenes, renderer, args.pool_batch_size),
     )
 
 
