@@ -36,8 +36,10 @@ def print_error(message: str) -> None:
 def quiet_libraries() -> None:
     """Silence the libraries' own bars and notes; this package's warnings become one line each."""
     import diffusers
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would print every retry
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -56,8 +56,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pipeline", type=Path, default=WEIGHTS / "pipeline", help="folder of the teacher")
     add("--gspn2_dir", type=Path, default=WEIGHTS / "gspn2", help="result, in float16")
-    add("--teacher_forcing", type=float, default=0.3, help="share of the run, in 0..1")
-    add("--proxy_ratio", type=int, default=8, help="channels per proxy channel")
+    add("--teacher_forcing", type=float, default=0.35, help="share of the run, in 0..1")
+    add("--proxy_ratio", type=int, default=4, help="channels per proxy channel")
     add("--parameters_from", choices=("proxy", "tokens"), default="tokens")
     add("--probe", type=Path, default=WEIGHTS / "probe", help="folder of the trained probe")
     add("--caption_dropout", type=float, default=0.1, help="share of examples without a caption")
