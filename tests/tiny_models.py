@@ -143,36 +143,31 @@ def tiny_pixart_pipeline(seed: int = 0) -> PixArtSigmaPipeline:
     return pipe
 
 
+TINY_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+    "attention_bias": True,
+}
+
+
 def tiny_pixart() -> PixArtTransformer2DModel:
     """PixArt with patches of 2 x 2 latent pixels."""
     return PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
+        **TINY_TRANSFORMER,
         cross_attention_dim=32,
         caption_channels=TEXT_WIDTH,
-        attention_bias=True,
         use_additional_conditions=False,
     ).eval()
 
 
 def tiny_dit() -> DiTTransformer2DModel:
     """Class-conditional DiT with patches of 2 x 2 latent pixels."""
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        attention_bias=True,
-    ).eval()
+    return DiTTransformer2DModel(**TINY_TRANSFORMER, num_embeds_ada_norm=10).eval()
 
 
 def tiny_denoiser(family: str) -> tuple[nn.Module, Callable[..., Tensor]]:

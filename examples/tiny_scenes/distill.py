@@ -38,7 +38,12 @@ from .data import Renderer, held_out_scenes
 from .models import WEIGHTS, build_scheduler
 from .probe import Probe
 from .score import render_features, score
-from .train_pipeline import CAPTIONS_PER_SCENE, Objective, latents_with_captions
+from .train_pipeline import (
+    CAPTIONS_PER_SCENE,
+    Objective,
+    add_captioned_arguments,
+    latents_with_captions,
+)
 from .training import (
     Trainer,
     compile_in_place,
@@ -59,10 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--teacher_forcing", type=float, default=0.35, help="share of the run, in 0..1")
     add("--proxy_ratio", type=int, default=4, help="channels per proxy channel")
     add("--parameters_from", choices=("proxy", "tokens"), default="tokens")
-    add("--probe", type=Path, default=WEIGHTS / "probe", help="folder of the trained probe")
-    add("--caption_dropout", type=float, default=0.1, help="share of examples without a caption")
-    add("--num_inference_steps", type=int, default=50, help="steps of the closing evaluation")
-    add("--guidance_scale", type=float, default=4.0, help="guidance of the closing evaluation")
+    add_captioned_arguments(parser)
     parser.set_defaults(
         pool_size=65536, pool_seconds=20.0, refresh_steps=8, dataloader_num_workers=8,
         ema_decay=0.995, adam_weight_decay=0.0,

@@ -54,17 +54,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--vae", type=Path, default=WEIGHTS / "vae_run", help="folder of the trained autoencoder")
-    add("--probe", type=Path, default=WEIGHTS / "probe", help="folder of the trained probe")
     add("--pipeline_dir", type=Path, default=WEIGHTS / "pipeline", help="result, in float16")
     add("--pretrained_model_name_or_path", help="start from this pipeline's weights")
-    add("--caption_dropout", type=float, default=0.1, help="share of examples without a caption")
-    add("--num_inference_steps", type=int, default=50, help="steps of the closing evaluation")
-    add("--guidance_scale", type=float, default=4.0, help="guidance of the closing evaluation")
+    add_captioned_arguments(parser)
     parser.set_defaults(
         pool_size=262144, pool_seconds=60.0, refresh_steps=8, lr_warmup_steps=500,
         dataloader_num_workers=8, eval_scenes=256,
     )  # fmt: skip
     return parser.parse_args(argv)
+
+
+def add_captioned_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the scripts that train on captions and end with a score."""
+    add = parser.add_argument
+    add("--caption_dropout", type=float, default=0.1, help="share of examples without a caption")
+    add("--probe", type=Path, default=WEIGHTS / "probe", help="folder of the trained probe")
+    add("--num_inference_steps", type=int, default=50, help="steps of the closing evaluation")
+    add("--guidance_scale", type=float, default=4.0, help="guidance of the closing evaluation")
 
 
 class Denoiser(nn.Module):
