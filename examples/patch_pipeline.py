@@ -7,6 +7,7 @@ The weights must have been trained for MODEL: without training the images are no
 
 import argparse
 
+import torch
 from diffusers import DiffusionPipeline
 
 from gspn2_diffusers import apply_gspn2, remove_gspn2
@@ -18,7 +19,9 @@ parser.add_argument("--weights", required=True, help="GSPN-2 weights, folder or 
 parser.add_argument("--output", default="image.png")
 options = parser.parse_args()
 
-pipe = DiffusionPipeline.from_pretrained(options.model)
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+# Without a dtype, parts of a pipeline saved in float16 load in different ones.
+pipe = DiffusionPipeline.from_pretrained(options.model, dtype=dtype).to(device)
 apply_gspn2(pipe, options.weights)
 pipe(options.prompt).images[0].save(options.output)
 remove_gspn2(pipe)  # the pipeline is as it was loaded

@@ -43,7 +43,7 @@ def load_pipeline(
         from gspn2_diffusers import apply_gspn2
 
         apply_gspn2(pipe, str(weights))
-    return pipe.to(device=device, dtype=dtype)
+    return pipe.to(device)
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
