@@ -21,7 +21,7 @@ def read_grid(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     Raises:
         ValueError: the input is not a four-dimensional map.
     """
-    hidden_states = args[0] if args else kwargs["hidden_states"]
+    hidden_states = _input_map(args, kwargs)
     if hidden_states.ndim != 4:
         raise ValueError(
             f"{type(owner).__name__}: expected an input map [B, C, height, width] to read the grid "
@@ -33,9 +33,7 @@ def read_grid(owner: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
 
 def leave_grid(sites: Sequence[str], owner: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of a grid owner: write its grid on the blocks of `sites` below it."""
-    height, width = read_grid(owner, args, kwargs)
-    source = args[0] if args else kwargs["hidden_states"]
-    grid = source.new_empty(height, width, 0)
+    grid = _input_map(args, kwargs).new_empty(*read_grid(owner, args, kwargs), 0)
     for site in sites:
         owner.get_submodule(site).gspn2.grid = grid
 
@@ -88,3 +86,7 @@ def grid_sizes(grid: Tensor | Sequence[int] | None, tokens: Tensor) -> tuple[int
             f"got {tokens.shape[1]}"
         )
     return height, width
+
+
+def _input_map(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]

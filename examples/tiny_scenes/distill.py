@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +26,6 @@ from transformers import CLIPTextModel
 from gspn2_diffusers import (
     GSPN2Adapter,
     GSPN2Config,
-    UntrainedBlocksWarning,
     apply_gspn2,
     gspn2_sites,
     softmax_attention,
@@ -171,10 +169,8 @@ def make_student(
     """A copy of the teacher with fresh blocks, the only part of it that trains."""
     config = GSPN2Config(proxy_ratio=args.proxy_ratio, parameters_from=args.parameters_from)
     student = copy.deepcopy(teacher).requires_grad_(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UntrainedBlocksWarning)
-        apply_gspn2(student, config)
-    return student, GSPN2Adapter.of_patched(student).requires_grad_(True)
+    adapter = GSPN2Adapter.for_model(student, config)
+    return apply_gspn2(student, adapter), adapter
 
 
 def evaluate(args: argparse.Namespace, renderer: Renderer) -> dict[str, dict]:
