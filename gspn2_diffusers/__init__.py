@@ -14,11 +14,14 @@ _HOME = {
     "UntrainedBlocksWarning": "patch",
     "apply_gspn2": "patch",
     "checkpoint_with_grid": "grid",
+    "fuse_gspn2": "fuse",
     "gspn2_scan": "kernels",
+    "gspn2_scan_tokens": "kernels",
     "gspn2_sites": "sites",
     "remove_gspn2": "patch",
     "save_gspn2": "adapter",
     "softmax_attention": "patch",
+    "unfuse_gspn2": "fuse",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -10,11 +10,14 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from . import __version__
 from .block import GSPN2Block
 from .config import GSPN2Config
 from .families import find_denoiser
+from .fuse import is_fused
 from .sites import Selection, Site, select_sites, walk_sites
+
+# Which rows of a block's weights mean what; to be raised when that changes.
+FORMAT_VERSION = 2
 
 
 class GSPN2Adapter(ModelMixin, ConfigMixin):
@@ -28,7 +31,10 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
         base_model_class: class name of the model the blocks belong to.
         layers: ``{"name": module name, "channels": C}`` per replaced self-attention layer.
         block_config: keyword arguments of :class:`GSPN2Config`.
-        format_version: version of this package that wrote the config.
+        format_version: of the weights, `FORMAT_VERSION` when they were written.
+
+    Raises:
+        ValueError: weights of another format, or a block_config that does not fit.
     """
 
     @register_to_config
@@ -37,9 +43,14 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
         base_model_class: str,
         layers: list[dict],
         block_config: dict,
-        format_version: str = __version__,
+        format_version: int = FORMAT_VERSION,
     ):
         super().__init__()
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: expected {FORMAT_VERSION}, got {format_version!r}: the weights "
+                "are in the order of another version of gspn2_diffusers"
+            )
         config = GSPN2Config(**block_config)
         self.blocks = nn.ModuleList(GSPN2Block(layer["channels"], config) for layer in layers)
 
@@ -113,6 +124,19 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
                 )
         return (adapter, info) if kwargs.get("output_loading_info") else adapter
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Write ``config.json`` and safetensors; arguments as in diffusers.
+
+        Raises:
+            ValueError: the blocks are fused.
+        """
+        if any(map(is_fused, self.blocks)):
+            raise ValueError(
+                "expected blocks as they were trained, got fused ones: call unfuse_gspn2 before "
+                "saving, and fuse_gspn2 again after it"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @property
     def sites(self) -> list[str]:
         """Names of the layers the blocks belong to, in the order of `blocks`."""
@@ -160,7 +184,7 @@ def save_gspn2(
     Keywords go to diffusers' `save_pretrained` (`variant`, `max_shard_size`, `push_to_hub`, ...).
 
     Raises:
-        TypeError, ValueError: unsupported model, or no layer is patched.
+        TypeError, ValueError: unsupported model, no layer is patched, or the blocks are fused.
     """
     GSPN2Adapter.of_patched(pipe_or_model).save_pretrained(folder, **kwargs)
 

@@ -8,11 +8,16 @@ from torch import Tensor, nn
 
 from .config import GSPN2Config
 from .grid import grid_sizes
-from .kernels import DIRECTIONS, gspn2_scan
+from .kernels import gspn2_scan_tokens
+from .kernels.layout import TokenLayout
+from .lift import Lift
 
 
 class GSPN2Block(nn.Module):
     """Token mixing by four line scans in a compact proxy space, ``[B, N, C]`` to ``[B, N, C]``.
+
+    The tokens are never put into another layout: `to_params` writes what the scan reads, in the
+    columns of a TokenLayout. Its rows for columns that nobody reads stay zero.
 
     The directions are summed as they are: a learned merge weight per direction would only rescale
     that direction's rows of u and skip.
@@ -24,6 +29,11 @@ class GSPN2Block(nn.Module):
         channels: C, the width of the tokens.
         config: the block's options.
 
+    Attributes:
+        backend: what runs the scan, as in :func:`gspn2_scan`; no part of config or weights.
+        down_and_params: while :func:`fuse_gspn2` is in force, one layer in place of `down` and
+            `to_params`; else None.
+
     Raises:
         ValueError: the config does not fit this width.
     """
@@ -31,15 +41,16 @@ class GSPN2Block(nn.Module):
     def __init__(self, channels: int, config: GSPN2Config):
         super().__init__()
         proxy_dim = config.proxy_dim_for(channels)
-        groups = config.groups_for(channels)
         self.config = config
-        self.split_sizes = [3 * len(DIRECTIONS) * groups] + 3 * [len(DIRECTIONS) * proxy_dim]
+        self.layout = TokenLayout(proxy_dim, config.groups_for(channels))
+        self.backend = "auto"
         self.grid: Tensor | None = None
 
         inputs = channels if config.parameters_from == "tokens" else proxy_dim
         self.down = nn.Linear(channels, proxy_dim, bias=False)
-        self.to_params = nn.Linear(inputs, sum(self.split_sizes))
-        self.up = nn.Linear(proxy_dim, channels)
+        self.to_params = nn.Linear(inputs, self.layout.width)
+        self.register_module("down_and_params", None)
+        self.up = Lift(proxy_dim, channels)
         self.mean = nn.Linear(channels, channels, bias=False) if config.mean_path else None
         self._reset_parameters()
 
@@ -50,21 +61,28 @@ class GSPN2Block(nn.Module):
 
         Raises:
             ValueError: no grid is known, or it does not match N.
+            RuntimeError: the backend that was asked for cannot run here.
         """
-        height, width = grid_sizes(self.grid if grid is None else grid, tokens)
-        x = self.down(tokens)
-        params = self.to_params(tokens if self.config.parameters_from == "tokens" else x)
-        logits, lam, u, skip = _to_image(params, height, width).split(self.split_sizes, dim=1)
-        y = gspn2_scan(
-            _to_image(x, height, width),
-            logits.unflatten(1, (len(DIRECTIONS), -1, 3)),
-            *(gate.unflatten(1, (len(DIRECTIONS), -1)) for gate in (lam, u, skip)),
+        grid = grid_sizes(self.grid if grid is None else grid, tokens)
+        x, params = self._project(tokens)
+        y = gspn2_scan_tokens(
+            x,
+            params,
+            grid,
+            groups=self.layout.groups,
             chunk_size=self.config.chunk_size,
+            backend=self.backend,
         )
-        mixed = self.up(y.flatten(2).transpose(1, 2))
-        if self.mean is not None:
-            mixed = mixed + self.mean(tokens.mean(dim=1, keepdim=True))
-        return mixed
+        return self.up(y, None if self.mean is None else self.mean(tokens.mean(dim=1)))
+
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The proxy features ``[B, N, P]`` and the scan's parameters ``[B, N, K]``."""
+        if self.down_and_params is not None:
+            both = self.down_and_params(tokens)
+            width = self.layout.width
+            return both[..., width : width + self.layout.proxy_dim], both[..., :width]
+        x = self.down(tokens)
+        return x, self.to_params(tokens if self.config.parameters_from == "tokens" else x)
 
     @torch.no_grad()
     def inherit(self, attention: Attention) -> None:
@@ -97,15 +115,9 @@ class GSPN2Block(nn.Module):
         nn.init.zeros_(self.up.bias)
         if self.mean is not None:
             nn.init.zeros_(self.mean.weight)
-        weights = self.to_params.weight.split(self.split_sizes)
-        biases = self.to_params.bias.split(self.split_sizes)
-        for weight, bias, std, start in zip(
-            weights, biases, (0.02, 0.02, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), strict=True
-        ):
-            nn.init.normal_(weight, std=std)
-            nn.init.constant_(bias, start)
-
-
-def _to_image(tokens: Tensor, height: int, width: int) -> Tensor:
-    """``[B, H * W, K]`` to ``[B, K, H, W]``, a view."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+        nn.init.zeros_(self.to_params.weight)
+        nn.init.zeros_(self.to_params.bias)
+        logits, lam, _, _ = self.layout.split(self.to_params.weight.T)
+        nn.init.normal_(logits, std=0.02)
+        nn.init.normal_(lam, std=0.02)
+        nn.init.ones_(self.layout.split(self.to_params.bias)[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+class BackendName(str, Enum):
+    """`gspn2_diffusers.kernels.backends.BACKENDS`, without importing torch."""
+
+    auto = "auto"
+    cuda = "cuda"
+    torch = "torch"
+
+
 Model = Annotated[str, typer.Argument(help="Pipeline: a folder, or a hub id.", show_default=False)]
 Weights = Annotated[
     str | None, typer.Option(help="GSPN-2 weights: a folder or a hub id.", show_default=False)
@@ -38,6 +48,9 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, float16 or bfloat16.", show_default="by device"),
+]
+Backend = Annotated[
+    BackendName, typer.Option(help="Of the scan; auto takes cuda where it can run.")
 ]
 Height = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")]
 Width = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")]
@@ -77,6 +90,7 @@ def demo(
     scenes: Annotated[int, typer.Option(min=2, help="Scenes that --score generates.")] = 64,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    backend: Backend = BackendName.auto,
 ) -> None:
     """Compare softmax self-attention and GSPN-2 on Tiny Scenes, the pipeline that comes along.
 
@@ -94,6 +108,7 @@ def demo(
             seed=seed,
             device=device,
             dtype=dtype,
+            backend=backend.value,
             score_scenes=scenes if score else 0,
             progress=_TaskPerName(bar),
         )
@@ -129,6 +144,7 @@ def generate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    backend: Backend = BackendName.auto,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("outputs"),
 ) -> None:
     """Generate images with any pipeline, by GSPN-2 if weights are given.
@@ -138,7 +154,7 @@ def generate(
     terminal.quiet_libraries()
     from gspn2_diffusers.pipelines import generate_images, load_pipeline
 
-    pipe = load_pipeline(model, weights=weights, dtype=dtype, device=device)
+    pipe = load_pipeline(model, weights=weights, dtype=dtype, device=device, backend=backend.value)
     pipe.set_progress_bar_config(disable=True)
     with terminal.progress_bar() as bar:
         task = bar.add_task("generating", total=None)

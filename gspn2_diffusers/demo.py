@@ -75,6 +75,7 @@ def run_demo(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = torch.float32,
+    backend: str = "auto",
     score_scenes: int = 0,
     progress: Progress | None = None,
 ) -> DemoResult:
@@ -85,12 +86,14 @@ def run_demo(
         prompts: empty takes `gallery_prompts`.
         seed: prompt i starts from noise of seed + i, in both runs.
         dtype: the models are small enough for float32 everywhere; shorter ones round the latents.
+        backend: of the GSPN-2 scan, see `apply_gspn2`.
         score_scenes: scenes to score both runs on by the attribute probe; 0 leaves scoring out.
         progress: called with (what is running, done, expected), in steps or in scenes.
 
     Raises:
         FileNotFoundError: this installation lacks the Tiny Scenes weights.
-        ValueError: an unknown device or dtype, fewer than one step.
+        ValueError: an unknown device, dtype or backend, fewer than one step.
+        RuntimeError: the backend that was asked for cannot run here.
     """
     if steps < 1:
         raise ValueError(f"expected at least 1 step; got {steps}")
@@ -106,7 +109,7 @@ def run_demo(
     for name in (SOFTMAX, GSPN2):
         if name == GSPN2:
             with _timed(times[GSPN2], "load"):
-                apply_gspn2(pipe, str(weights))
+                apply_gspn2(pipe, str(weights), backend=backend)
         on_step = _step_counter(name, steps, progress)
         images[name] = _generate(pipe, prompts, guidance_scale, seed, times[name], on_step)
         if exam is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
+from gspn2_diffusers.kernels.backends import why_not_cuda
 from gspn2_diffusers.pipelines.loading import available_devices, default_dtype
 from gspn2_diffusers.shipped import SHIPPED_FOLDERS, is_shipped
 
@@ -21,6 +23,7 @@ LIBRARIES = (
     "safetensors",
     "huggingface_hub",
 )
+CUPY_DISTRIBUTIONS = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,55 @@ def _cuda() -> str:
 
 
 def _operator() -> list[Finding]:
-    cupy = importlib.util.find_spec("cupy") is not None
+    device = torch.device(available_devices()[0])
+    dtype = default_dtype(device)
+    findings = [Finding("CuPy", _cupy(needed=device.type == "cuda"))]
+    obstacle = why_not_cuda(device, dtype)
+    if obstacle is not None:
+        return [
+            *findings,
+            Finding("CUDA kernels", f"cannot run: {obstacle}"),
+            Finding("line scan", f"backend 'auto' is 'torch' on {device.type}"),
+        ]
     return [
-        Finding(
-            "line scan",
-            "PyTorch reference on every device: this version has no CUDA kernel",
-        ),
-        Finding(
-            "CuPy",
-            "installed, not used by this version" if cupy else "not installed, not needed",
-        ),
+        *findings,
+        Finding("CUDA kernels", f"compute capability {_capability(device)}", good=True),
+        _compiler(),
+        Finding("line scan", "backend 'auto' is 'cuda'"),
     ]
+
+
+def _cupy(needed: bool) -> str:
+    for distribution in CUPY_DISTRIBUTIONS:
+        try:
+            return f"{version(distribution)} ({distribution})"
+        except PackageNotFoundError:
+            continue
+    return "not installed" if needed else "not installed, not needed without a CUDA GPU"
+
+
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def _compiler() -> Finding:
+    """CuPy loads NVRTC when it first compiles, so that its absence would show only then."""
+    import cupy
+
+    try:
+        major, minor = cupy.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("CUDA compiler", f"CuPy cannot load NVRTC: {error}", good=False)
+    found = f"NVRTC {major}.{minor}; first use compiles, then {_kernel_cache()} keeps the binaries"
+    return Finding("CUDA compiler", found, good=True)
+
+
+def _kernel_cache() -> str:
+    """Where CuPy keeps what it compiled, by its documented environment variables."""
+    if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") == "1":
+        return "memory (CUPY_CACHE_IN_MEMORY)"
+    return os.environ.get("CUPY_CACHE_DIR") or str(Path("~/.cupy/kernel_cache").expanduser())
 
 
 def _weights() -> list[Finding]:

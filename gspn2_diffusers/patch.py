@@ -15,6 +15,7 @@ from .attention import PATCHED_CLASSES
 from .config import GSPN2Config
 from .families import find_denoiser
 from .grid import attach_grid_hook, detach_grid_hook
+from .kernels.backends import BACKENDS
 from .sites import Selection, is_patched, select_sites, walk_sites
 
 PipeOrModel = TypeVar("PipeOrModel", bound=DiffusionPipeline | nn.Module)
@@ -31,6 +32,7 @@ def apply_gspn2(
     sites: Selection | None = None,
     keep_attention: Selection | None = None,
     drop_attention: bool = False,
+    backend: str = "auto",
 ) -> PipeOrModel:
     """Replace self-attention by GSPN-2 blocks, in place. An earlier patch is undone first.
 
@@ -44,15 +46,18 @@ def apply_gspn2(
         keep_attention: layers to leave as attention, chosen in the same ways.
         drop_attention: delete the query, key, value and output projections that the blocks
             replace, to save memory. The model can then no longer be unpatched or saved whole.
+        backend: what runs the blocks' scans: the "cuda" kernels, plain "torch", or "auto", the
+            former where they can run and the latter elsewhere. It is not saved with the blocks.
 
     Returns:
         `pipe_or_model`, patched.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: unsupported model, selection that matches nothing, weights that are damaged
-            or belong to another model. The model is then as it was before.
+        ValueError: unsupported model, selection that matches nothing, unknown backend, weights that
+            are damaged or belong to another model. The model is then as it was before.
     """
+    _check_backend(backend)
     model = find_denoiser(pipe_or_model)
     _check_restorable(model)
     if isinstance(weights_or_config, GSPN2Config):
@@ -71,6 +76,7 @@ def apply_gspn2(
     for name, owner_name, attn in walk_sites(model):
         if name in chosen:
             owners.setdefault(owner_name, []).append(name.removeprefix(owner_name).lstrip("."))
+            blocks[name].backend = backend
             _swap(attn, blocks[name], drop_attention)
     for owner_name, names in owners.items():
         attach_grid_hook(model.get_submodule(owner_name), names)
@@ -138,6 +144,11 @@ def _load_adapter(weights: str | os.PathLike | GSPN2Adapter) -> GSPN2Adapter:
 
 def _has_own_attention(attn: Attention) -> bool:
     return hasattr(attn, "to_q")
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def _check_restorable(model: nn.Module) -> None:

@@ -1,8 +1,15 @@
-"""The public scan operator: checks its arguments, then runs the implementation for the device."""
+"""The public scan operators: they check their arguments and run a backend."""
 
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
 from torch import Tensor
 
-from .reference import DIRECTIONS, scan_reference
+from . import cuda_scan  # noqa: F401  registers the operators
+from .backends import resolve_backend
+from .layout import TokenLayout
+from .reference import DIRECTIONS, scan_reference, scan_tokens_reference
 
 
 def gspn2_scan(
@@ -13,6 +20,8 @@ def gspn2_scan(
     skip: Tensor | None = None,
     *,
     chunk_size: int | None = None,
+    backend: str = "auto",
+    store_hidden: bool = False,
 ) -> Tensor:
     """Scan a feature map in four directions and merge the results (arXiv 2512.07884).
 
@@ -26,36 +35,125 @@ def gspn2_scan(
         skip: direct path from x, ``[B, 4, P, H, W]``, or None for none.
         chunk_size: lines after which the scan restarts from zero (a local scan); None scans the
             whole map.
+        backend: "auto" runs the CUDA kernels where they can run and torch elsewhere; "cuda" and
+            "torch" run just that.
+        store_hidden: the CUDA kernels keep h, 4 P H W float32 numbers an image, from the forward
+            for the backward pass, instead of computing it again. The torch backend never keeps it.
+
+    The CUDA kernels read tensors whose channels are neighbours in memory (channels last); others
+    are copied into that layout first.
 
     Returns:
-        ``[B, P, H, W]`` in the dtype of x: the sum over directions of ``u * h + skip * x``, each
-        direction back in image order. h is accumulated in float32 (float64 for float64 input).
+        ``[B, P, H, W]`` in the dtype of x (on CUDA under autocast, in its dtype): the sum over
+        directions of ``u * h + skip * x``, each direction back in image order. h is accumulated in
+        float32 (float64 for float64 input).
 
     Raises:
-        ValueError: a shape, the number of groups or chunk_size does not fit.
-        TypeError: x is not a floating-point tensor.
+        ValueError: a shape, the number of groups, chunk_size or the backend's name does not fit.
+        TypeError: a tensor is not of floating point.
+        RuntimeError: the backend that was asked for cannot run here.
     """
     _check(x, logits, lam, u, skip, chunk_size)
-    return scan_reference(x, logits, lam, u, skip, chunk_size)
+    tensors = [x, logits, lam, u] + ([] if skip is None else [skip])
+    dtype = _common_dtype(tensors)
+    if resolve_backend(backend, x, dtype) == "torch":
+        return scan_reference(x, logits, lam, u, skip, chunk_size)
+    same = [tensor.to(dtype) for tensor in tensors] + ([None] if skip is None else [])
+    y, _ = torch.ops.gspn2_diffusers.scan(*same, chunk_size or 0, store_hidden)
+    return y if dtype == x.dtype else y.to(x.dtype)  # autocast may have chosen another one
+
+
+def gspn2_scan_tokens(
+    x: Tensor,
+    params: Tensor,
+    grid: Sequence[int],
+    *,
+    groups: int = 1,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    store_hidden: bool = False,
+) -> Tensor:
+    """:func:`gspn2_scan` of tokens that lie row by row on a grid, as a block's projections write
+    them: no layout has to be changed on the way.
+
+    Args:
+        x: proxy features, ``[B, N, P]``.
+        params: ``[B, N, params_width(P, groups)]``, in a row: lam, u, skip ``[4, P]`` each and
+            logits ``[4, G, 3]``, those of a group in four columns if channels share it (G < P) and
+            in three if not. The fourth, and what is left of the row, are not read.
+        grid: H and W, N = H * W.
+        groups: G, the number of weight groups.
+        chunk_size, backend, store_hidden: as in :func:`gspn2_scan`.
+
+    Returns:
+        ``[B, N, P]`` in the dtype of x.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`gspn2_scan`.
+    """
+    height, width = grid
+    _check_tokens(x, params, height, width, groups, chunk_size)
+    dtype = _common_dtype([x, params])
+    if resolve_backend(backend, x, dtype) == "torch":
+        return scan_tokens_reference(x, params, height, width, groups, chunk_size)
+    y, _ = torch.ops.gspn2_diffusers.scan_tokens(
+        x.to(dtype), params.to(dtype), height, width, groups, chunk_size or 0, store_hidden
+    )
+    return y if dtype == x.dtype else y.to(x.dtype)
+
+
+def params_width(proxy_dim: int, groups: int) -> int:
+    """K: how many parameters :func:`gspn2_scan_tokens` takes for each token."""
+    return TokenLayout(proxy_dim, groups).width
+
+
+def _common_dtype(tensors: list[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _check(x, logits, lam, u, skip, chunk_size) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    _check_floating("x", x)
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [B, P, H, W] tensor, got {tuple(x.shape)}")
     batch, proxy_dim, height, width = x.shape
 
     groups = logits.shape[2] if logits.ndim == 6 else 1
     _check_shape("logits", logits, (batch, len(DIRECTIONS), groups, 3, height, width))
-    if groups == 0 or proxy_dim % groups:
-        raise ValueError(
-            f"logits: expected a number of groups that divides the {proxy_dim} channels of x, "
-            f"got {groups}"
-        )
+    _check_groups("logits", groups, proxy_dim)
     for name, gate in (("lam", lam), ("u", u), ("skip", skip)):
         if gate is not None:
             _check_shape(name, gate, (batch, len(DIRECTIONS), proxy_dim, height, width))
+    _check_chunk_size(chunk_size)
+
+
+def _check_tokens(x, params, height, width, groups, chunk_size) -> None:
+    _check_floating("x", x)
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x: expected a non-empty [B, N, P] tensor, got {tuple(x.shape)}")
+    batch, tokens, proxy_dim = x.shape
+    if height * width != tokens:
+        raise ValueError(
+            f"x: expected {height * width} tokens for a grid of {height} x {width}, got {tokens}"
+        )
+    _check_groups("groups", groups, proxy_dim)
+    _check_shape("params", params, (batch, tokens, params_width(proxy_dim, groups)))
+    _check_chunk_size(chunk_size)
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def _check_groups(name: str, groups: int, proxy_dim: int) -> None:
+    if groups < 1 or proxy_dim % groups:
+        raise ValueError(
+            f"{name}: expected a number of groups that divides the {proxy_dim} channels of x, "
+            f"got {groups}"
+        )
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected None or at least 1 line, got {chunk_size}")
 

@@ -1,26 +1,24 @@
-"""The GSPN-2 scan in plain torch: the definition that every faster kernel is held to.
+"""The scan in plain torch as opaque operators, for every device that the kernels cannot serve.
 
-One direction of the scan visits the map line by line (arXiv 2512.07884, section 3)::
-
-    h[i, j] = w_left[i, j]   * h[i-1, j-1]
-            + w_center[i, j] * h[i-1, j  ]
-            + w_right[i, j]  * h[i-1, j+1]
-            + lam[i, j] * x[i, j]                  h[-1, :] = 0
-    y[i, j] = u[i, j] * h[i, j] + skip[i, j] * x[i, j]
-
-with i the line, counted in the direction of the scan, and j the position inside the line, in
-image order: the left tap is the neighbour of smaller row or column index in every direction.
+Opaque, because a loop over lines is thousands of graph nodes for a compiler that traces it, and
+because autograd would keep every intermediate of every line; the gradients need only the inputs.
+There are two, as in cuda_scan.py: of maps and of tokens. Taking the parameters of a token apart
+inside the operator spares the backward pass a copy of their gradient, the largest tensor there is.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .line_scan import line_scan
+from .directions import DIRECTIONS, Maps, backward, forward
+from .layout import TokenLayout
 
-DIRECTIONS = ("top_to_bottom", "bottom_to_top", "left_to_right", "right_to_left")
+__all__ = ["DIRECTIONS", "scan_reference", "scan_tokens_reference"]
 
 
+# ---- maps
+
+
+@torch.library.custom_op("gspn2_diffusers::torch_scan", mutates_args=())
 def scan_reference(
     x: Tensor,
     logits: Tensor,
@@ -29,63 +27,123 @@ def scan_reference(
     skip: Tensor | None,
     chunk_size: int | None,
 ) -> Tensor:
-    """Shapes, dtypes and meaning as in :func:`gspn2_diffusers.kernels.gspn2_scan`; no checks."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x_wide = x.to(dtype)[:, None]
-    gated = lam.to(dtype) * x_wide
+    """Shapes, dtypes and meaning as in :func:`gspn2_diffusers.kernels.gspn2_scan`; no checks.
 
-    # Maps with as many rows as columns take all four directions through one loop over lines.
-    square = x.shape[-2] == x.shape[-1]
-    batches = [range(4)] if square else [range(0, 2), range(2, 4)]
-    h = torch.cat([_scan(logits.to(dtype), gated, batch, chunk_size) for batch in batches], dim=1)
-
-    y = u.to(dtype) * h
-    if skip is not None:
-        y = y + skip.to(dtype) * x_wide
-    return y.sum(dim=1).to(x.dtype)
-
-
-def propagation_weights(logits: Tensor) -> Tensor:
-    """Row-stochastic weights from logits, both ``[..., 3, lines, length]`` in line order.
-
-    ``w_k = sigmoid(l_k) / sum of sigmoid(l_k')`` over the taps that exist: at the ends of a line
-    the neighbour outside is left out of the sum, so these rows also sum to one.
+    The result is channels last in memory.
     """
-    outside = torch.zeros(3, 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
-    outside[0, :, 0] = True
-    outside[2, :, -1] = True
-    # softmax of the log is the same quotient, and survives logits whose sigmoid underflows
-    log_sigmoid = F.logsigmoid(logits).masked_fill(outside, -torch.inf)
-    return log_sigmoid.softmax(dim=-3)
+    return forward(Maps(x, logits, lam, u, skip), chunk_size)
 
 
-def _scan(logits: Tensor, gated: Tensor, directions: range, chunk_size: int | None) -> Tensor:
-    """Hidden state ``[B, len(directions), P, H, W]`` of directions that have equal line counts."""
-    groups = logits.shape[2]
-    logits = torch.stack([_to_lines(logits[:, d], d) for d in directions])  # [D, B, G, 3, i, j]
-    b = torch.stack([_to_lines(gated[:, d], d) for d in directions])  # [D, B, P, i, j]
-
-    w = propagation_weights(logits).flatten(0, 1).permute(3, 2, 0, 1, 4).unsqueeze(-2)
-    if chunk_size is not None:
-        # A line that takes nothing from the line before it is where a local scan restarts.
-        starts = torch.arange(w.shape[0], device=w.device) % chunk_size == 0
-        w = w.masked_fill(starts.view(-1, 1, 1, 1, 1, 1), 0)
-    b = b.flatten(0, 1).unflatten(1, (groups, -1)).permute(3, 0, 1, 2, 4)
-
-    h = line_scan(w.contiguous(), b.contiguous())
-    h = h.permute(1, 2, 3, 0, 4).flatten(1, 2).unflatten(0, (len(directions), -1))
-    return torch.stack([_to_image(h[k], d) for k, d in enumerate(directions)], dim=1)
-
-
-def _to_lines(image: Tensor, direction: int) -> Tensor:
-    """``[..., H, W]`` as ``[..., lines, length]``, lines in the order the direction visits them."""
-    name = DIRECTIONS[direction]
-    lines = image if name in ("top_to_bottom", "bottom_to_top") else image.transpose(-2, -1)
-    return lines.flip(-2) if name in ("bottom_to_top", "right_to_left") else lines
+@torch.library.custom_op("gspn2_diffusers::torch_scan_backward", mutates_args=())
+def scan_reference_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    skip: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, logits, lam, u and skip; the last is empty if skip is None."""
+    inputs = Maps(x, logits, lam, u, skip)
+    grads = Maps(*_empty_gradients(inputs))
+    backward(grad_y, inputs, grads, chunk_size)
+    return tuple(grads)
 
 
-def _to_image(lines: Tensor, direction: int) -> Tensor:
-    """The inverse of :func:`_to_lines`."""
-    name = DIRECTIONS[direction]
-    image = lines.flip(-2) if name in ("bottom_to_top", "right_to_left") else lines
-    return image if name in ("top_to_bottom", "bottom_to_top") else image.transpose(-2, -1)
+def _empty_gradients(inputs: Maps) -> tuple[Tensor, ...]:
+    empty = inputs.x.new_empty(0)
+    return tuple(empty if t is None else _empty_channels_last(t) for t in inputs)
+
+
+def _empty_channels_last(like: Tensor) -> Tensor:
+    batch, *channels, height, width = like.shape
+    return like.new_empty(batch, height, width, *channels).movedim((1, 2), (-2, -1))
+
+
+@scan_reference.register_fake
+def _(x, logits, lam, u, skip, chunk_size):
+    return _empty_channels_last(x)
+
+
+@scan_reference_backward.register_fake
+def _(grad_y, x, logits, lam, u, skip, chunk_size):
+    return _empty_gradients(Maps(x, logits, lam, u, skip))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, grad_y):
+    inputs = ctx.saved_tensors
+    *grads, grad_skip = scan_reference_backward(grad_y, *inputs, ctx.chunk_size)
+    return *grads, None if inputs[-1] is None else grad_skip, None
+
+
+scan_reference.register_autograd(_gradient, setup_context=_setup)
+
+
+# ---- tokens
+
+
+@torch.library.custom_op("gspn2_diffusers::torch_scan_tokens", mutates_args=())
+def scan_tokens_reference(
+    x: Tensor, params: Tensor, height: int, width: int, groups: int, chunk_size: int | None
+) -> Tensor:
+    """As :func:`gspn2_diffusers.kernels.gspn2_scan_tokens`, without checks."""
+    y = forward(_maps(x, params, height, width, groups), chunk_size)
+    return y.movedim(1, -1).flatten(1, 2)
+
+
+@torch.library.custom_op("gspn2_diffusers::torch_scan_tokens_backward", mutates_args=())
+def scan_tokens_reference_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    params: Tensor,
+    height: int,
+    width: int,
+    groups: int,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and params; columns that nobody reads have gradient zero."""
+    grad_x, grad_params = x.new_empty(x.shape), params.new_empty(params.shape)
+    grad_params[..., TokenLayout(x.shape[-1], groups).gates :].zero_()
+    inputs = _maps(x, params, height, width, groups)
+    grads = _maps(grad_x, grad_params, height, width, groups)
+    backward(_map(grad_y, height, width), inputs, grads, chunk_size)
+    return grad_x, grad_params
+
+
+def _maps(x: Tensor, params: Tensor, height: int, width: int, groups: int) -> Maps:
+    """Views of the tokens as maps."""
+    tensors = (x, *TokenLayout(x.shape[-1], groups).split(params))
+    return Maps(*(_map(t, height, width) for t in tensors))
+
+
+def _map(tokens: Tensor, height: int, width: int) -> Tensor:
+    return tokens.movedim(1, -1).unflatten(-1, (height, width))
+
+
+@scan_tokens_reference.register_fake
+def _(x, params, height, width, groups, chunk_size):
+    return x.new_empty(x.shape)
+
+
+@scan_tokens_reference_backward.register_fake
+def _(grad_y, x, params, height, width, groups, chunk_size):
+    return x.new_empty(x.shape), params.new_empty(params.shape)
+
+
+def _setup_tokens(ctx, inputs, output):
+    x, params, *ctx.sizes = inputs
+    ctx.save_for_backward(x, params)
+
+
+def _gradient_tokens(ctx, grad_y):
+    grads = scan_tokens_reference_backward(grad_y, *ctx.saved_tensors, *ctx.sizes)
+    return *grads, *(None for _ in ctx.sizes)
+
+
+scan_tokens_reference.register_autograd(_gradient_tokens, setup_context=_setup_tokens)

@@ -17,6 +17,7 @@ def load_pipeline(
     weights: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> DiffusionPipeline:
     """Load a pipeline, put it on a device and apply GSPN-2 weights to it if any are named.
 
@@ -25,10 +26,11 @@ def load_pipeline(
         weights: GSPN-2 sidecar, folder or hub id; None leaves the pipeline as it is.
         dtype: of all models in the pipeline; None picks by device, see `default_dtype`.
         device: None picks the first of cuda, mps and cpu that is there.
+        backend: of the GSPN-2 scan if weights are named, see `apply_gspn2`.
 
     Raises:
-        ValueError: a folder that does not exist or holds no pipeline, an unknown dtype or device,
-            weights that do not fit.
+        ValueError: a folder that does not exist or holds no pipeline, an unknown dtype, device
+            or backend, weights that do not fit.
         OSError: the hub has no such model, or cannot be reached.
     """
     device = resolve_device(device)
@@ -42,7 +44,7 @@ def load_pipeline(
         # Here, because applying imports every model family while loading alone does not.
         from gspn2_diffusers import apply_gspn2
 
-        apply_gspn2(pipe, str(weights))
+        apply_gspn2(pipe, str(weights), backend=backend)
     return pipe.to(device)
 
 

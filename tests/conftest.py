@@ -1,7 +1,13 @@
 """Set-up of all tests: offline, one thread per worker, no progress bars."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
+# `python -m pytest` puts the checkout on sys.path; transformers would then take kernels/ for the
+# Hugging Face package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parents[1]]
 # Before the libraries are imported: they read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,12 +21,23 @@ from gspn2_diffusers import GSPN2Config, apply_gspn2, save_gspn2  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` need a CUDA device; without one they are skipped and say so."""
-    if torch.cuda.is_available():
+    """Tests marked ``gpu`` run the CUDA kernels; where these cannot run they are skipped and say
+    so."""
+    missing = why_no_gpu_tests()
+    if missing is None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def why_no_gpu_tests() -> str | None:
+    """What the tests marked ``gpu`` need and do not find."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if importlib.util.find_spec("cupy") is None:
+        return "needs CuPy: pip install gspn2-diffusers[cuda13] (or cuda12)"
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)

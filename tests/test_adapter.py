@@ -136,6 +136,7 @@ def delete(name):
         (edit_config(_class_name="UNet2DModel"), "of a GSPN2Adapter, got 'UNet2DModel'"),
         (edit_config(block_config={"groups": 0}), "groups: expected at least 1, got 0"),
         (edit_config(block_config={"taps": 5}), "could not load.*taps"),
+        (edit_config(format_version="0.1.0"), "format_version: expected 2, got '0.1.0'"),
         (edit_config(base_model_class="DiTTransformer2DModel"), "expected a DiTTrans.*got a UNet2"),
     ],
 )

@@ -6,6 +6,7 @@ from tolerances import assert_close
 
 from gspn2_diffusers import GSPN2Block, GSPN2Config
 from gspn2_diffusers.kernels.dense import dense_scan
+from gspn2_diffusers.kernels.layout import TokenLayout
 
 CONFIGS = [
     GSPN2Config(),
@@ -34,8 +35,8 @@ def test_forward_is_project_scan_lift_with_a_dense_affinity_for_the_scan(config)
     source = tokens if config.parameters_from == "tokens" else x
     params = source @ block.to_params.weight.T + block.to_params.bias
     groups = config.groups_for(16)
-    logits, lam, u, skip = params.mT.reshape(2, -1, height, width).split(
-        [12 * groups, *3 * [4 * proxy_dim]], dim=1
+    logits, lam, u, skip = (
+        part.flatten(2).mT for part in TokenLayout(proxy_dim, groups).split(params)
     )
     y = dense_scan(
         x.mT.reshape(2, proxy_dim, height, width),
@@ -83,6 +84,28 @@ def test_every_parameter_gets_a_gradient_after_the_first_step():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.to_dict()}")
+def test_rows_of_the_projection_that_nobody_reads_stay_zero_in_training(config):
+    block = GSPN2Block(16, config)
+    columns = block.layout.split(torch.arange(block.layout.width))
+    read = torch.zeros(block.layout.width, dtype=torch.bool)
+    read[torch.cat([part.flatten() for part in columns])] = True
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1)
+    for _ in range(2):
+        block(torch.randn(2, 12, 16), (3, 4)).square().sum().backward()
+        optimizer.step()
+    for parameter in block.to_params.parameters():
+        assert not parameter[~read].any() and parameter[read].any()
+
+
+def test_a_fresh_block_has_open_input_gates_and_no_output():
+    block = GSPN2Block(16, GSPN2Config(groups=2))
+    logits, lam, u, skip = block.layout.split(block.to_params.bias)
+    assert (lam == 1).all() and not torch.cat([logits.flatten(), u.flatten(), skip.flatten()]).any()
+    logits, lam, u, skip = block.layout.split(block.to_params.weight.T)
+    assert logits.std() > 0 and lam.std() > 0 and not u.any() and not skip.any()
+
+
 def test_a_fresh_block_can_leave_its_starting_point():
     block = GSPN2Block(16, GSPN2Config(mean_path=False))
     block(torch.randn(2, 12, 16), (3, 4)).sum().backward()
@@ -96,6 +119,13 @@ def test_the_grid_matters_and_any_shape_runs(grid):
     assert block(tokens, grid).shape == tokens.shape
     other = (2, 6)
     assert not torch.allclose(block(tokens, grid), block(tokens, other))
+
+
+def test_a_backend_that_cannot_run_is_refused_not_replaced():
+    block = GSPN2Block(8, GSPN2Config())
+    block.backend = "cuda"
+    with pytest.raises(RuntimeError, match="backend='cuda': expected tensors on a CUDA device"):
+        block(torch.randn(1, 12, 8), (3, 4))
 
 
 def test_a_grid_that_does_not_match_the_tokens_is_refused():

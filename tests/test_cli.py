@@ -3,14 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
+import torch
 import transformers
 from PIL import Image, ImageChops
 
 from gspn2_diffusers import cli, doctor
 from gspn2_diffusers.doctor import Finding
+from gspn2_diffusers.kernels.backends import BACKENDS
 
 COMMANDS = ("demo", "generate", "info", "doctor")
 
@@ -87,6 +90,21 @@ def test_generate_takes_size_and_weights(sd_folder, gspn2_folder, tmp_path, caps
     assert differ(softmax, gspn2)
 
 
+def test_generate_with_gspn2_obeys_the_backend(sd_folder, gspn2_folder, tmp_path, capsys):
+    options = ["-p", "x", "--steps", "1", "--weights", gspn2_folder, "--device", "cpu"]
+    for backend in ("auto", "torch"):
+        output = ["--backend", backend, "-o", str(tmp_path / backend)]
+        assert cli.main(["generate", sd_folder, *options, *output]) == 0
+    assert not differ(tmp_path / "auto" / "00-x.png", tmp_path / "torch" / "00-x.png")
+    capsys.readouterr()
+    assert cli.main(["generate", sd_folder, *options, "--backend", "cuda"]) == 1
+    assert "error: backend='cuda': expected tensors on a CUDA device" in capsys.readouterr().err
+
+
+def test_the_backends_of_the_command_line_are_those_of_the_operator():
+    assert tuple(name.value for name in cli.BackendName) == BACKENDS
+
+
 def test_info_lists_every_site_on_one_line_with_the_grid_at_that_size(sd_folder, capsys):
     assert cli.main(["info", sd_folder, "--height", "40", "--width", "104"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "attn1" in line]
@@ -95,13 +113,68 @@ def test_info_lists_every_site_on_one_line_with_the_grid_at_that_size(sd_folder,
     assert [name, "32", "4", "10x26"] in lines
 
 
-def test_doctor_tells_the_backend_and_fails_when_something_is_missing(monkeypatch, capsys):
+def test_doctor_fails_when_something_is_missing(monkeypatch, capsys):
     cli.main(["doctor"])
     out = capsys.readouterr().out
     assert "line scan" in out and "diffusers" in out
     for good, code in {True: 0, None: 0, False: 1}.items():
         monkeypatch.setattr(doctor, "examine", lambda good=good: [Finding("x", "y", good)])
         assert cli.main(["doctor"]) == code
+
+
+def findings_by_topic():
+    return {finding.topic: finding for finding in doctor.examine()}
+
+
+@pytest.fixture
+def doctor_on_cuda(monkeypatch):
+    """doctor as on a machine with a CUDA GPU; returns a function that names the obstacle."""
+    monkeypatch.setattr(doctor, "available_devices", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(doctor, "default_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return lambda obstacle: monkeypatch.setattr(doctor, "why_not_cuda", lambda *_: obstacle)
+
+
+def fake_cupy(get_version):
+    return SimpleNamespace(cuda=SimpleNamespace(nvrtc=SimpleNamespace(getVersion=get_version)))
+
+
+def test_doctor_says_which_backend_runs_without_a_gpu_and_why(monkeypatch):
+    monkeypatch.setattr(doctor, "available_devices", lambda: ["cpu"])
+    findings = findings_by_topic()
+    assert "'torch' on cpu" in findings["line scan"].found
+    assert "CUDA device" in findings["CUDA kernels"].found
+    assert findings["CUDA kernels"].good is None
+
+
+def test_doctor_passes_on_why_the_kernels_cannot_run_on_a_gpu(doctor_on_cuda):
+    doctor_on_cuda("CuPy is not installed: pip install it")
+    findings = findings_by_topic()
+    assert findings["CUDA kernels"].found.endswith("CuPy is not installed: pip install it")
+    assert "'torch' on cuda" in findings["line scan"].found
+
+
+def test_doctor_tells_capability_compiler_and_cache_where_the_kernels_run(
+    doctor_on_cuda, monkeypatch
+):
+    doctor_on_cuda(None)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(lambda: (13, 0)))
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/some/cache")
+    findings = findings_by_topic()
+    assert "9.0" in findings["CUDA kernels"].found and findings["CUDA kernels"].good
+    assert "NVRTC 13.0" in findings["CUDA compiler"].found
+    assert "/some/cache" in findings["CUDA compiler"].found
+    assert "'cuda'" in findings["line scan"].found
+
+
+def test_doctor_misses_a_compiler_that_cupy_cannot_load(doctor_on_cuda, monkeypatch):
+    def get_version():
+        raise RuntimeError("failed to load libnvrtc.so.13")
+
+    doctor_on_cuda(None)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(get_version))
+    finding = findings_by_topic()["CUDA compiler"]
+    assert finding.good is False and "libnvrtc.so.13" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -114,6 +187,7 @@ def test_doctor_tells_the_backend_and_fails_when_something_is_missing(monkeypatc
         (["generate", "{sd}", "-p", "x", "--dtype", "int8"], 2, "float32, float16, bfloat16"),
         (["generate", "{sd}", "-p", "x", "--device", "toaster"], 2, "'toaster'"),
         (["generate", "{sd}", "-p", "x", "--device", "cuda:99"], 2, "'cuda:99'"),
+        (["generate", "{sd}", "-p", "x", "--backend", "triton"], 2, "'triton'"),
         (["generate", "{sd}", "-p", "x", "--weights", "{empty}"], 2, "{empty}"),
         (["generate", "owner/model", "-p", "x"], 1, "HF_HUB_OFFLINE"),
         (["info", "owner/model"], 1, "HF_HUB_OFFLINE"),

@@ -244,3 +244,31 @@ def test_an_adapter_and_the_model_it_was_applied_to_share_their_blocks():
     adapter = GSPN2Adapter.for_model(model, GSPN2Config())
     apply_gspn2(model, adapter)
     assert model.transformer_blocks[1].attn1.gspn2 is adapter.blocks[1]
+
+
+def test_the_backend_is_set_on_every_block_and_not_saved(tmp_path):
+    model = apply_gspn2(tiny_dit(), GSPN2Config(), backend="torch")
+    assert {block.backend for block in GSPN2Adapter.of_patched(model).blocks} == {"torch"}
+    save_gspn2(model, tmp_path)
+    assert "backend" not in (tmp_path / "config.json").read_text()
+    apply_gspn2(model, tmp_path)
+    assert {block.backend for block in GSPN2Adapter.of_patched(model).blocks} == {"auto"}
+
+
+def test_an_unknown_backend_is_refused_and_changes_nothing():
+    model = tiny_dit()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="backend: expected one of auto, cuda, torch, got 'gpu'"):
+        apply_gspn2(model, GSPN2Config(), backend="gpu")
+    assert_same(before, fingerprint(model))
+
+
+@torch.no_grad()
+def test_the_cuda_backend_raises_where_it_cannot_run_while_auto_falls_back():
+    model, run = tiny_denoiser("dit")
+    adapter = awaken(GSPN2Adapter.for_model(model, GSPN2Config()))
+    apply_gspn2(model, adapter, backend="cuda")
+    with pytest.raises(RuntimeError, match="backend='cuda': expected .* CUDA device"):
+        run(model)
+    images = [run(apply_gspn2(model, adapter, backend=name)) for name in ("auto", "torch")]
+    assert torch.equal(*images)

@@ -8,7 +8,9 @@ from tolerances import assert_close
 
 from gspn2_diffusers.kernels import DIRECTIONS, gspn2_scan
 from gspn2_diffusers.kernels.dense import dense_scan
-from gspn2_diffusers.kernels.reference import propagation_weights
+from gspn2_diffusers.kernels.layout import TokenLayout
+from gspn2_diffusers.kernels.line_scan import normalize_
+from gspn2_diffusers.kernels.reference import scan_tokens_reference
 
 
 def random_inputs(batch, channels, groups, height, width, *, dtype=torch.float64, seed=0):
@@ -24,6 +26,13 @@ def random_inputs(batch, channels, groups, height, width, *, dtype=torch.float64
         2 * draw(batch, 4, groups, 3, height, width),
         *gates,
     )
+
+
+def propagation_weights(logits):
+    """Weights from logits, both ``[..., 3, lines, length]``."""
+    taps_first = logits.movedim(-3, 0)[..., None, None].clone()
+    normalize_(taps_first)
+    return taps_first[..., 0, 0].movedim(0, -3)
 
 
 def random_case(seed):
@@ -149,10 +158,62 @@ def test_non_contiguous_inputs_give_the_same_result():
     torch.testing.assert_close(gspn2_scan(*strided), gspn2_scan(*inputs))
 
 
-def test_operator_passes_opcheck_and_compiles_without_graph_breaks():
-    inputs = [t.float().requires_grad_() for t in random_inputs(1, 2, 1, 4, 5)]
-    w, b = torch.rand(4, 3, 2, 1, 1, 5, requires_grad=True), torch.rand(4, 2, 1, 2, 5)
-    torch.library.opcheck(torch.ops.gspn2_diffusers.line_scan, (w, b.requires_grad_()))
+def test_gradients_of_non_contiguous_inputs_are_the_same():
+    inputs = random_inputs(2, 4, 2, 6, 6)
+    strided = [t.movedim(-1, 0).contiguous().movedim(0, -1) for t in inputs]
+    grads = [
+        torch.autograd.grad(gspn2_scan(*leaves).square().sum(), leaves)
+        for leaves in ([t.requires_grad_() for t in inputs], [t.requires_grad_() for t in strided])
+    ]
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("height, width", [(5, 5), (4, 7)])
+def test_what_is_not_finite_in_one_image_stays_out_of_the_others(height, width):
+    inputs = random_inputs(3, 2, 1, height, width)
+    expected = gspn2_scan(*inputs)
+    inputs[0][1] = torch.nan
+    y = gspn2_scan(*inputs)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], expected[[0, 2]])
+
+
+def random_tokens(batch, channels, groups, height, width):
+    """x and params as the projections of a block write them."""
+    layout = TokenLayout(channels, groups)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (batch, height * width)
+    x = torch.randn(*sizes, channels, generator=generator, dtype=torch.float64)
+    params = torch.randn(*sizes, layout.width, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), params.requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 4, 4), (1, 4, 2, 3, 5), (1, 2, 2, 1, 6)])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_tokens_give_the_values_and_gradients_of_the_maps_they_hold(shape, chunk_size):
+    _, channels, groups, height, width = shape
+    x, params = random_tokens(*shape)
+    y = scan_tokens_reference(x, params, height, width, groups, chunk_size)
+    maps = [
+        t.movedim(1, -1).unflatten(-1, (height, width))
+        for t in (x, *TokenLayout(channels, groups).split(params))
+    ]
+    expected = gspn2_scan(*maps, chunk_size=chunk_size).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(y, expected)
+    grads, expected_grads = (
+        torch.autograd.grad(result.square().sum(), (x, params)) for result in (y, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("height, width", [(4, 4), (4, 5)])
+def test_operators_pass_opcheck_and_compile_without_graph_breaks(height, width):
+    inputs = [t.float().requires_grad_() for t in random_inputs(1, 2, 1, height, width)]
+    operators = torch.ops.gspn2_diffusers
+    torch.library.opcheck(operators.torch_scan, (*inputs, 3))
+    torch.library.opcheck(operators.torch_scan, (*inputs[:-1], None, None))
+    tokens = random_tokens(1, 2, 1, height, width)
+    torch.library.opcheck(operators.torch_scan_tokens, (*tokens, height, width, 1, None))
     compiled = torch.compile(gspn2_scan, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), gspn2_scan(*inputs))
 

@@ -1,0 +1,56 @@
+"""Where the parameters of a token lie in the row that one projection writes for it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+DIRECTION_COUNT = 4
+TAPS = 3
+ROW_MULTIPLE = 16  # of the row's length: rows of 16-bit numbers then begin on a 32-byte sector
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Columns of a ``[B, N, K]`` parameter matrix: lam, u and skip, ``[4, P]`` each, then logits
+    ``[4, G, 3]``, then columns that nobody reads and that fill up the last memory sector of a row.
+
+    lam comes first and K is a multiple of 16, so that vectors of channels are aligned. For the same
+    reason three logits that several channels share take four columns; the fourth is not read.
+    """
+
+    proxy_dim: int
+    groups: int
+
+    @property
+    def group_stride(self) -> int:
+        """Columns from the logits of one group to those of the next."""
+        return TAPS if self.groups == self.proxy_dim else TAPS + 1
+
+    @property
+    def gates(self) -> int:
+        """Columns of lam, u and skip together: the first ones."""
+        return 3 * DIRECTION_COUNT * self.proxy_dim
+
+    @property
+    def width(self) -> int:
+        """K."""
+        used = self.gates + DIRECTION_COUNT * self.groups * self.group_stride
+        return -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    @property
+    def positions(self) -> list[tuple[int, int]]:
+        """First column of logits, lam, u and skip, and the columns between two directions."""
+        gate = DIRECTION_COUNT * self.proxy_dim
+        return [
+            (self.gates, self.groups * self.group_stride),
+            *((k * gate, self.proxy_dim) for k in range(3)),
+        ]
+
+    def split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views of `params` ``[..., K]``: logits ``[..., 4, G, 3]``, then lam, u and skip
+        ``[..., 4, P]``."""
+        logits = params[..., self.gates :][
+            ..., : DIRECTION_COUNT * self.groups * self.group_stride
+        ].unflatten(-1, (DIRECTION_COUNT, self.groups, self.group_stride))
+        gates = params[..., : self.gates].unflatten(-1, (3, DIRECTION_COUNT, -1))
+        return logits[..., :TAPS], *gates.unbind(-3)
