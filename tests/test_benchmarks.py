@@ -1,7 +1,8 @@
 """The benchmarks run, and refuse to time what is wrong."""
 
+import importlib
 import json
-import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,67 +14,213 @@ import torch
 from gspn2_diffusers import gspn2_scan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def gate(monkeypatch):
-    """The module `gate`, imported as the benchmarks import it: from their folder."""
+def load(monkeypatch):
+    """Imports a module of the benchmarks as they import each other: from their folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gate
-
-    return gate
+    return importlib.import_module
 
 
 @pytest.fixture
-def denoiser(gate):
-    """The module `denoiser`, imported in the same way."""
-    import denoiser
-
-    return denoiser
+def gate(load):
+    return load("gate")
 
 
-def test_denoiser_times_every_variant_and_writes_what_a_reader_needs(tmp_path):
-    output = tmp_path / "result.json"
-    options = ["--latents", "8", "4x12", "--repeats", "1", "--warmup", "0", "--threads", "1"]
-    command = [sys.executable, "denoiser.py", *options, "--device", "cpu", "--output", output]
-    done = subprocess.run(
-        command, cwd=BENCHMARKS, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("softmax", "gspn2", "removed", "4x12"))
+@pytest.fixture
+def unet(load):
+    return load("unet")
 
-    result = json.loads(output.read_text())
-    rows = result["rows"]
-    assert [(row["latent"], row["variant"]) for row in rows] == [
-        (latent, variant)
-        for latent in ([8, 8], [4, 12])
+
+@pytest.fixture
+def results_of(load, tmp_path, capsys):
+    """What one quick run of a benchmark writes, and what it prints."""
+
+    def results_of(script: str, *options: object) -> tuple[dict, str]:
+        output = tmp_path / "result.json"
+        quick = ("--repeats", 1, "--warmup", 0, "--device", "cpu", "--output", output)
+        load(script).main([str(option) for option in (*quick, *options)])
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 100
+        results = json.loads(output.read_text())
+        expected = {"device", "driver", "torch", "cupy", "date", "commit"}
+        assert results["environment"].keys() >= expected
+        assert results["arguments"]["dtype"] == "float32"
+        return results, printed
+
+    return results_of
+
+
+def test_unet_times_every_variant_and_writes_what_a_reader_needs(results_of):
+    results, printed = results_of("unet", "--sizes", 64, "32x96")
+    assert all(word in printed for word in ("softmax", "gspn2", "removed", "32x96"))
+
+    rows = results["rows"]
+    assert [(row["image"], row["variant"]) for row in rows] == [
+        (image, variant)
+        for image in ([64, 64], [32, 96])
         for variant in ("softmax", "gspn2", "removed")
     ]
     for row in rows:
         assert row["ms"] > 0
         assert row["speedup"] == pytest.approx(
-            rows[3 * (row["latent"] == [4, 12])]["ms"] / row["ms"]
+            rows[3 * (row["image"] == [32, 96])]["ms"] / row["ms"]
         )
-        assert row["tokens"] == row["latent"][0] * row["latent"][1]
-    assert result["environment"].keys() >= {"device", "threads", "torch", "date", "commit"}
-    assert result["arguments"]["model"] == "tiny"
+        assert 64 * row["tokens"] == row["image"][0] * row["image"][1]
+    assert results["arguments"]["model"] == "tiny"
 
 
-def test_the_model_is_unchanged_after_every_variant(denoiser):
-    unet = denoiser.build("tiny", torch.device("cpu"), torch.float32)
-    inputs = denoiser.random_inputs(unet, 1, 8, 8)
-    adapter = denoiser.random_adapter(unet, denoiser.GSPN2Config())
+def test_unet_leaves_softmax_out_above_the_size_it_is_told(results_of):
+    options = ("--sizes", 32, 64, "--softmax-max", 32, "--variants", "softmax", "gspn2")
+    results, _ = results_of("unet", *options)
+    found = [(row["image"][0], row["variant"], row["speedup"] is None) for row in results["rows"]]
+    assert found == [(32, "softmax", False), (32, "gspn2", False), (64, "gspn2", True)]
+
+
+def test_the_model_is_unchanged_after_every_variant(unet):
+    model = unet.build("tiny", CPU, torch.float32)
+    inputs = unet.random_inputs(model, 1, 8, 8)
+    adapter = unet.random_adapter(model, unet.GSPN2Config())
     with torch.no_grad():
-        before = unet(**inputs).sample
-        for variant in (denoiser.gspn2_blocks(unet, adapter), denoiser.no_self_attention(unet)):
+        before = model(**inputs).sample
+        for variant in (unet.gspn2_blocks(model, adapter), unet.no_self_attention(model)):
             with variant:
-                assert not torch.equal(unet(**inputs).sample, before)
-            assert torch.equal(unet(**inputs).sample, before)
+                assert not torch.equal(model(**inputs).sample, before)
+            assert torch.equal(model(**inputs).sample, before)
+
+
+def test_layer_times_every_layer(results_of):
+    options = ("--channels", 64, "--grids", 8, "6x12", "--softmax-max", 64)
+    results, _ = results_of("layer", *options)
+    others = ("gspn2", "linear attention", "one linear map")
+    assert [(row["tokens"], row["layer"]) for row in results["rows"]] == [
+        (64, "softmax"),
+        *((64, name) for name in others),
+        *((72, name) for name in others),
+    ]
+    assert all(row["ms"] > 0 for row in results["rows"])
+
+
+def test_a_wrong_layer_is_refused(load):
+    layer, gate = load("layer"), load("gate")
+    layers = layer.build_layers(64, layer.GSPN2Config(), CPU, torch.float32)
+    layer.check_layers(layers, CPU, torch.float32)
+
+    class Unnormalised(layer.LinearAttention):
+        def forward(self, tokens):
+            return 1.5 * super().forward(tokens)
+
+    layers["linear attention"].__class__ = Unnormalised
+    with pytest.raises(gate.GateError, match="linear attention is wrong"):
+        layer.check_layers(layers, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "tokens", "planar"])
+def test_scan_times_every_pass_in_every_layout(layout, results_of):
+    shapes = ("--shapes", "2x4x9x5/2", "1x3x1x7/3")
+    options = ("--backend", "torch", "--layout", layout, *shapes)
+    results, _ = results_of("scan", *options)
+    rows = results["rows"]
+    assert [(row["shape"], row["skip"], row["pass"]) for row in rows] == [
+        (shape, skip, name)
+        for shape in ("2x4x9x5", "1x3x1x7")
+        for skip in (False, True)
+        for name in ("forward", "backward", "backward-stored")
+    ]
+    for row in rows:
+        bandwidth = row["floor_of_copy"] * results["copy_gb_per_s"]
+        assert row["floor_gb_per_s"] == pytest.approx(bandwidth)
+        assert row["ns_per_line"] * max(row["size"][2:]) == pytest.approx(1e6 * row["ms"])
+
+
+def test_bytes_are_those_of_the_formulas(load):
+    cases = load("cases")
+    case = cases.Case(2, 24, 5, 7, 3)  # weights shared by 8 channels
+    maps = 2 * 24 * 5 * 7 * 2  # bytes of a bfloat16 map with all channels
+    assert case.floor_bytes(False, False, 2) == (2 + 8 + 12 / 8) * maps
+    assert case.floor_bytes(True, False, 2) == (2 + 8 + 4 + 12 / 8) * maps
+    assert case.floor_bytes(True, True, 2) == (3 + 2 * (8 + 4 + 12 / 8)) * maps
+    assert case.moved_bytes(True, 2) == (4 + 8 + 4 + 12 / 8 + 9) * maps
+    operands = cases.Operands.random(case, "channels-last", True, CPU, torch.bfloat16)
+    assert operands.nbytes == case.floor_bytes(True, False, 2) - maps
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "tokens"])
+def test_channels_of_a_position_are_neighbours_in_memory(layout, load):
+    cases = load("cases")
+    operands = cases.Operands.random(cases.Case(2, 8, 5, 7, 4), layout, True, CPU, torch.float32)
+    assert operands.x.stride(1) == 1
+    assert all(gate.stride(2) == 1 for gate in (operands.lam, operands.u, operands.skip))
+    assert operands.logits.stride()[2:4] == (3, 1)
+
+
+@pytest.mark.parametrize("option", ["--backend=cuda", "--ladder", "--experiments"])
+def test_scan_says_that_the_kernels_cannot_run(option, load, tmp_path):
+    with pytest.raises(ValueError, match="the CUDA kernels cannot run here: "):
+        load("scan").main([option, "--device", "cpu", "--output", str(tmp_path / "result.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line():
+    command = [sys.executable, "scan.py", "--device", "cpu"]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: the CUDA kernels cannot run here: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["scan", "layer", "unet", "figures"])
+def test_every_script_explains_its_options(script, load, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        load(script).main(["--help"])
+    assert f"benchmarks/{script}.py" in capsys.readouterr().out
+
+
+def test_the_ladder_is_held_to_the_operator(load):
+    cases, ladder = load("cases"), load("ladder")
+    problem = ladder.Problem.random(cases.Case(2, 4, 6, 9, 2), CPU)
+    x, logits, lam, u = (tensor.double() for tensor in vars(problem).values())
+    first_only = torch.eye(4, dtype=torch.float64)[0].view(1, 4, 1, 1, 1)
+    y = gspn2_scan(
+        x,
+        logits[:, None].expand(-1, 4, -1, -1, -1, -1),
+        lam[:, None] * first_only,
+        u[:, None] * first_only,
+        backend="torch",
+    )
+    torch.testing.assert_close(ladder.reference(problem, torch.float64), y)
+    torch.testing.assert_close(ladder.reference(problem.across(), torch.float64), y)
+
+
+def test_the_ladder_includes_nothing_and_has_the_kernels_that_are_launched(load):
+    ladder = load("ladder")
+    source = ladder.SOURCE.read_text()
+    assert "#include" not in source
+    defined = set(re.findall(r'extern "C" __global__ void (\w+)\(', source))
+    launched = re.findall(
+        r'"(one_\w+|all_\w+|state_\w+|shared_\w+)"', Path(ladder.__file__).read_text()
+    )
+    assert defined == set(launched)
+
+
+@pytest.mark.parametrize("architecture", [75, 90, 120])
+def test_the_ladder_compiles_without_a_warning(architecture, load):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    source = load("ladder").SOURCE.read_text().encode()
+    _, program = nvrtc.nvrtcCreateProgram(source, b"ladder.cu", 0, [], [])
+    options = [b"-std=c++17", b"-arch=sm_%d" % architecture]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    assert not log.strip(b"\0 \n")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_gate_lets_the_operator_pass(gate, dtype):
-    gate.check_operator(torch.device("cpu"), dtype)
+    gate.check_operator(CPU, dtype)
 
 
 def _directions_swapped(x, logits, lam, u, skip):
@@ -90,19 +237,83 @@ def _not_finite(*inputs):
 
 @pytest.mark.parametrize("wrong", [_directions_swapped, _chunked, _not_finite])
 def test_the_gate_refuses_a_wrong_operator(gate, wrong):
-    with pytest.raises(gate.GateError, match="nothing was timed: expected a relative error"):
-        gate.check_operator(torch.device("cpu"), torch.float32, wrong)
+    with pytest.raises(gate.GateError, match="not timed: expected a relative error"):
+        gate.check_operator(CPU, torch.float32, wrong)
 
 
-def test_nothing_is_timed_or_written_behind_a_closed_gate(denoiser, monkeypatch, tmp_path):
-    closed = partial(denoiser.check_operator, scan=_chunked)
-    monkeypatch.setattr(denoiser, "check_operator", closed)
-    monkeypatch.setattr(denoiser, "measure", lambda *_: pytest.fail("timed a wrong operator"))
-    with pytest.raises(denoiser.GateError):
-        denoiser.main(["--device", "cpu", "--output", str(tmp_path / "result.json")])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (-1, -1, -1, -1), (1, 3, 2, 2)])
+def test_the_gate_notices_one_element_that_was_not_written(gate, load, place):
+    cases = load("cases")
+    case = cases.Case(3, 16, 5, 7, 2)
+    operands = cases.Operands.random(case, "tokens", True, CPU, torch.float32)
+    y = operands.scan(backend="torch")
+    gate.check_result("a map", operands, y)
+    y[place] = torch.nan
+    with pytest.raises(gate.GateError):
+        gate.check_result("a map", operands, y)
+
+
+@pytest.mark.parametrize("name", ["x", "logits", "lam", "u", "skip"])
+def test_the_gate_refuses_a_wrong_gradient(gate, load, name):
+    cases = load("cases")
+    operands = cases.Operands.random(cases.Case(2, 6, 5, 7, 2), "planar", True, CPU, torch.float32)
+    leaves = operands.leaves()
+    wanted, y = leaves.tensors(), leaves.scan(backend="torch")
+    found = torch.autograd.grad(y, list(wanted.values()), y.detach())
+    gradients = dict(zip(wanted, found, strict=True))
+    gate.check_gradients("a map", operands, y.detach(), gradients)
+    gradients[name] = 1.01 * gradients[name]
+    with pytest.raises(gate.GateError, match=f"gradient of {name} is wrong"):
+        gate.check_gradients("a map", operands, y.detach(), gradients)
+
+
+def test_nothing_is_timed_or_written_behind_a_closed_gate(unet, gate, monkeypatch, tmp_path):
+    closed = partial(unet.check_operator, scan=_chunked)
+    monkeypatch.setattr(unet, "check_operator", closed)
+    monkeypatch.setattr(unet, "measure", lambda *_: pytest.fail("timed a wrong operator"))
+    with pytest.raises(gate.GateError):
+        unet.main(["--device", "cpu", "--output", str(tmp_path / "result.json")])
     assert not list(tmp_path.iterdir())
 
 
 def test_outputs_that_are_not_finite_are_refused(gate):
     with pytest.raises(gate.GateError, match="gspn2 at 8x8: expected finite outputs"):
         gate.check_finite("gspn2 at 8x8", torch.tensor([1.0, torch.inf]))
+
+
+def test_slow_runs_are_repeated_less(load, monkeypatch):
+    measuring = load("measuring")
+    for ms, expected in ((measuring.SLOW_MS + 1, 4), (1.0, 13)):
+        calls = []
+        monkeypatch.setattr(measuring, "_time_by_clock", lambda run, ms=ms: run() or ms)
+        measuring.Timer(CPU, repeats=10, warmup=3).median_ms(lambda calls=calls: calls.append(1))
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [(None, "-"), (0.0123, "0.012"), (1.5, "1.50"), (33.24, "33.2"), (4123.4, "4123")],
+)
+def test_numbers_keep_three_digits_in_a_table(load, value, cell):
+    assert load("report").number(value) == cell
+
+
+def test_figures_need_results(load, tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="expected one of unet-sdxl-cuda.json"):
+        load("figures").main(["--results", str(tmp_path)])
+
+
+def test_figures_are_drawn_from_results(load, tmp_path):
+    pytest.importorskip("matplotlib")
+    figures = load("figures")
+    rows = [
+        {"channels": 640, "tokens": tokens, "layer": layer, "ms": tokens / 1000}
+        for tokens in (4096, 16384)
+        for layer in ("softmax", "gspn2")
+    ]
+    about = {"device": "GPU", "torch": "2", "date": "2026-01-02T03:04:05"}
+    results = {"environment": about, "arguments": {"dtype": "bfloat16"}, "rows": rows}
+    (tmp_path / "layer-cuda.json").write_text(json.dumps(results))
+    figures.main(["--results", str(tmp_path), "--images", str(tmp_path / "images")])
+    assert (tmp_path / "images" / "layer.png").stat().st_size > 1000

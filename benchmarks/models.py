@@ -7,6 +7,7 @@ from torch import Tensor
 from gspn2_diffusers.tiny_scenes.models import build_unet
 
 TEXT_TOKENS = 77
+PIXELS_PER_LATENT = 8
 
 
 def build_sdxl_unet() -> UNet2DConditionModel:
