@@ -64,13 +64,16 @@ class GSPN2AttnProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         hidden_states = attn.gspn2(hidden_states, grid)
-        hidden_states = attn.to_out[1](hidden_states)
+        if attn.training:
+            hidden_states = attn.to_out[1](hidden_states)  # dropout
 
         if is_map:
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, tuple(grid))
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        if attn.rescale_output_factor != 1:  # a division is a pass over all tokens
+            hidden_states = hidden_states / attn.rescale_output_factor
+        return hidden_states
 
 
 class GSPN2Attention(stock.Attention):

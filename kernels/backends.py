@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from .launch import NUMBER_FORMATS
+from .plans import NUMBER_FORMATS
 
 BACKENDS = ("auto", "cuda", "torch")
 OLDEST_CAPABILITY = (7, 5)

@@ -166,28 +166,24 @@ def scan_tokens_backward_cuda(grad_y, x, params, hidden, height, width, groups, 
 
 
 def _prepare_tokens(x, params, height, width, groups, chunk_size):
-    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (x, params)]
+    """The matrices as the kernels can read them (copies stay alive in the first result)."""
+    tensors = x, params = [t if t.stride(-1) == 1 else t.contiguous() for t in (x, params)]
     batch, _, channels = x.shape
     layout = TokenLayout(channels, groups)
-    sizes = launch.Sizes(
-        batch, height, width, channels, groups, chunk_size, layout.group_stride
-    )
-    x_view = _token_view(tensors[0], width, 0, 0)
-    inputs = launch.Inputs(x_view, *_token_views(tensors[1], layout, width))
-    return tensors, inputs, sizes
+    sizes = launch.Sizes(batch, height, width, channels, groups, chunk_size, layout.group_stride)
+    image, token, _ = x.stride()
+    x_view = launch.View(x.data_ptr(), image, 0, width * token, token)
+    return tensors, launch.Inputs(x_view, *_token_views(params, layout, width)), sizes
 
 
 def _token_views(params: Tensor, layout: TokenLayout, width: int) -> list[launch.View]:
     """Views of logits, lam, u and skip in a ``[B, N, K]`` matrix."""
+    address, itemsize = params.data_ptr(), params.element_size()
+    image, token, _ = params.stride()
     return [
-        _token_view(params, width, offset, direction) for offset, direction in layout.positions
+        launch.View(address + column * itemsize, image, direction, width * token, token)
+        for column, direction in layout.positions
     ]
-
-
-def _token_view(matrix: Tensor, width: int, offset: int, direction: int) -> launch.View:
-    image, token, _ = matrix.stride()
-    address = matrix.data_ptr() + offset * matrix.element_size()
-    return launch.View(address, image, direction, width * token, token)
 
 
 def _scan_tokens_fake(x, params, height, width, groups, chunk_size, store_hidden):

@@ -38,13 +38,12 @@ class TokenLayout:
         return -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
 
     @property
-    def positions(self) -> list[tuple[int, int]]:
+    def positions(self) -> tuple[tuple[int, int], ...]:
         """First column of logits, lam, u and skip, and the columns between two directions."""
-        gate = DIRECTION_COUNT * self.proxy_dim
-        return [
-            (self.gates, self.groups * self.group_stride),
-            *((k * gate, self.proxy_dim) for k in range(3)),
-        ]
+        proxy_dim = self.proxy_dim
+        gate = DIRECTION_COUNT * proxy_dim
+        logits = (self.gates, self.groups * self.group_stride)
+        return logits, (0, proxy_dim), (gate, proxy_dim), (2 * gate, proxy_dim)
 
     def split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views of `params` ``[..., K]``: logits ``[..., 4, G, 3]``, then lam, u and skip

@@ -12,7 +12,7 @@ from scan_cases import INPUTS, LOW_PRECISION, TOKEN_INPUTS, Case, random_case
 from tolerances import assert_close
 from torch import Tensor
 
-from gspn2_diffusers.kernels import launch
+from gspn2_diffusers.kernels import launch, plans
 from gspn2_diffusers.kernels.dense import RELATIVE_RMS, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -122,39 +122,36 @@ def test_long_lines_and_many_lines_match_float64(height, width, device, poisoned
     check_result(Case(channels=16, chunk_size=100, layout="tokens", **shape), device)
 
 
-@pytest.mark.parametrize("kernel", [launch.FORWARD, launch.BACKWARD])
+@pytest.mark.parametrize("kernel", [plans.FORWARD, plans.BACKWARD])
 @pytest.mark.parametrize("groups", [2, 16])
 def test_every_division_of_the_work_is_right(groups, kernel, device, poisoned, monkeypatch):
     """All plans that fit a scan, not only the one that is expected to be the fastest."""
     case = Case(batch=2, channels=16, groups=groups, height=37, width=50, dtype=torch.bfloat16)
     make_plan, problems = launch.make_plan, []
 
-    def run():
+    def run(planner):
+        monkeypatch.setattr(launch, "make_plan", planner)
+        launch._divide.cache_clear()
         check_result(case, device)
         check_gradients(case, device, Tensor.contiguous)
 
-    monkeypatch.setattr(launch, "make_plan", lambda *a: problems.append(a) or make_plan(*a))
-    run()
+    run(lambda *a: problems.append(a) or make_plan(*a))
     (problem, gpu), *_ = [args for args in problems if args[0].kernel == kernel]
-    plans = [
+    possible = [
         plan
         for vector in (8, 4, 2)
         if vector <= problem.vector
-        for plan in launch.ring_plans(problem, gpu, vector)
+        for plan in plans.ring_plans(problem, gpu, vector)
     ]
-    assert len(plans) > 3
-    for plan in plans:
-        monkeypatch.setattr(
-            launch,
-            "make_plan",
-            lambda problem, gpu, plan=plan: (
-                plan if problem.kernel == kernel else make_plan(problem, gpu)
-            ),
-        )
-        try:
-            run()
-        except AssertionError as error:
-            raise AssertionError(f"{plan}: {error}") from error
+    assert len(possible) > 3
+    try:
+        for plan in possible:
+            try:
+                run(lambda p, gpu, plan=plan: plan if p.kernel == kernel else make_plan(p, gpu))
+            except AssertionError as error:
+                raise AssertionError(f"{plan}: {error}") from error
+    finally:
+        launch._divide.cache_clear()
 
 
 @pytest.mark.parametrize("store_hidden", [False, True])

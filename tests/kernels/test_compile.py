@@ -17,7 +17,7 @@ if sys.platform != "linux":
 from cuda.bindings import nvrtc
 
 from gspn2_diffusers import kernels
-from gspn2_diffusers.kernels import launch
+from gspn2_diffusers.kernels import launch, plans
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 KERNELS_PER_PROGRAM = 32
@@ -110,12 +110,12 @@ def options_for(architecture: int) -> tuple[str, ...]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kernel", [launch.FORWARD, launch.BACKWARD])
+@pytest.mark.parametrize("kernel", [plans.FORWARD, plans.BACKWARD])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 def test_every_variant_compiles_without_a_warning_and_without_spilling(architecture, kernel):
     if architecture not in _checked(nvrtc.nvrtcGetSupportedArchs()):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
-    variants = launch.variants(divmod(architecture, 10))
+    variants = plans.variants(divmod(architecture, 10))
     names = sorted(variant.name for variant in variants if variant.kernel == kernel)
     assert len(set(names)) == len(names) > 50
     built: dict[str, Assembled] = {}
