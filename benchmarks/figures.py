@@ -43,7 +43,9 @@ def unet_figure(axes, results: dict) -> None:
     _lines(axes, series)
     model, mode = results["arguments"]["model"], results["arguments"].get("compile")
     name = {"sdxl": "SDXL UNet", "tiny": "Tiny Scenes UNet"}[model]
-    _label(axes, f"{name}, one forward{', compiled' if mode else ''}", results)
+    batch = "/".join(map(str, results["arguments"]["batch_sizes"]))
+    title = f"{name}, one forward pass, batch {batch}, {'compiled' if mode else 'eager'}"
+    _label(axes, title, results)
     axes.set_xlabel("image height and width, pixels")
     axes.set_ylabel("seconds")
 
@@ -56,7 +58,7 @@ def layer_figure(axes, results: dict) -> None:
         if row["channels"] == channels:
             series.setdefault(row["layer"], []).append((row["tokens"], row["ms"]))
     _lines(axes, series)
-    _label(axes, f"One self-attention layer, {channels} channels", results)
+    _label(axes, f"One self-attention layer, {channels} channels, batch 1, eager", results)
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds")
 
@@ -70,8 +72,11 @@ def scan_figure(axes, results: dict) -> None:
         chosen = [row for row in rows if row["pass"] == name]
         places = [shapes.index(_shape(row)) + (k - (len(passes) - 1) / 2) * 0.27 for row in chosen]
         heights = [100 * row["floor_of_copy"] for row in chosen]
-        axes.bar(places, heights, width=0.25, color=PASS_COLORS[name], label=PASS_NAMES[name])
+        color = PASS_COLORS[name]
+        bars = axes.bar(places, heights, width=0.25, color=color, label=PASS_NAMES[name])
+        axes.bar_label(bars, [f"{height:.0f}" for height in heights], padding=1, fontsize=7)
     axes.axhline(100, color="#444444", linewidth=0.8, linestyle="--")
+    axes.text(len(shapes) - 0.5, 98, "a copy", ha="right", va="top", fontsize=8, color="#444444")
     axes.set_xticks(range(len(shapes)), shapes, rotation=25, ha="right", fontsize=8)
     axes.legend(
         frameon=False, fontsize=8, ncols=len(passes), loc="lower right", bbox_to_anchor=(1, 1)
@@ -90,9 +95,8 @@ def ladder_figure(axes, results: dict) -> None:
     times = [row["ms"] for row in rows]
     colors = ["#1f6fb2" if "package" in row["step"] else "#b3b9be" for row in rows]
     bars = axes.barh([row["step"] for row in rows], times, color=colors)
-    axes.bar_label(bars, [f"{ms:.3g}" for ms in times], padding=3, fontsize=8)
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.bar_label(bars, [f"{ms:.2f}" for ms in times], padding=3, fontsize=8)
+    axes.margins(x=0.08)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("milliseconds per direction")
     _label(axes, f"From a launch per line to one fused launch, {shape}", results)
@@ -113,24 +117,32 @@ def _shape(row: dict) -> str:
 
 def _lines(axes, series: dict[str, list[tuple[float, float]]]) -> None:
     """A logarithmic line per variant, named at its last point."""
+    from matplotlib.ticker import LogLocator
+
     ends = {name: max(points) for name, points in series.items()}
+    places = sorted({x for points in series.values() for x, _ in points})
     for name, points in series.items():
-        color = COLORS[name]
+        color, end = COLORS[name], ends[name]
         axes.plot(*zip(*sorted(points), strict=True), color=color, marker="o", markersize=3.5)
+        if end[0] == places[-1]:
+            others = [other for other in ends.values() if other != end]
+            place = {"xytext": (6, 0), "ha": "left", "va": _beside(end, others)}
+        else:  # right of the point there are other lines
+            place = {"xytext": (0, 6), "ha": "center", "va": "bottom"}
         axes.annotate(
             NAMES.get(name, name),
-            ends[name],
-            xytext=(6, 0),
+            end,
             textcoords="offset points",
             color=color,
             fontsize=8,
-            va=_beside(ends[name], [end for end in ends.values() if end != ends[name]]),
             annotation_clip=False,
+            **place,
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.margins(y=0.1)  # room for a name above the highest point
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    places = sorted({x for points in series.values() for x, _ in points})
     axes.set_xticks(places, [f"{place:,}" for place in places])
     axes.minorticks_off()
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
