@@ -55,7 +55,8 @@ def build(source: str, names: list[str], options: tuple[str, ...]) -> dict[str, 
             _checked(nvrtc.nvrtcAddNameExpression(program, name.encode()))
         flags = [option.encode() for option in (*options, "--ptxas-options=-v")]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        # Longer than one byte: NVRTC writes into it, and Python has only one b" " for everybody.
+        log = b" " * (1 + _checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
         log = log.decode().rstrip("\0 ")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
