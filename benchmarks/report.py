@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 import gspn2_diffusers
+from gspn2_diffusers.doctor import CUPY_DISTRIBUTIONS
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = {
     "torch": ("torch",),
-    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "cupy": CUPY_DISTRIBUTIONS,
     "diffusers": ("diffusers",),
     "transformers": ("transformers",),
     "accelerate": ("accelerate",),

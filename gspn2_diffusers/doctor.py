@@ -76,20 +76,19 @@ def _cuda() -> str:
 
 def _operator() -> list[Finding]:
     device = torch.device(available_devices()[0])
-    dtype = default_dtype(device)
-    findings = [Finding("CuPy", _cupy(needed=device.type == "cuda"))]
-    obstacle = why_not_cuda(device, dtype)
-    if obstacle is not None:
-        return [
-            *findings,
-            Finding("CUDA kernels", f"cannot run: {obstacle}"),
-            Finding("line scan", f"backend 'auto' is 'torch' on {device.type}"),
-        ]
+    on_cuda = device.type == "cuda"
+    obstacle = why_not_cuda(device, default_dtype(device))
+    if obstacle is None:
+        kernels = Finding("CUDA kernels", f"compute capability {_capability(device)}", good=True)
+        chosen = "backend 'auto' is 'cuda'"
+    else:
+        kernels = Finding("CUDA kernels", f"cannot run: {obstacle}")
+        chosen = f"backend 'auto' is 'torch' on {device.type}"
     return [
-        *findings,
-        Finding("CUDA kernels", f"compute capability {_capability(device)}", good=True),
-        _compiler(),
-        Finding("line scan", "backend 'auto' is 'cuda'"),
+        Finding("CuPy", _cupy(needed=on_cuda)),
+        *(_compiler() if on_cuda else []),
+        kernels,
+        Finding("line scan", chosen),
     ]
 
 
@@ -107,16 +106,18 @@ def _capability(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-def _compiler() -> Finding:
+def _compiler() -> list[Finding]:
     """CuPy loads NVRTC when it first compiles, so that its absence would show only then."""
-    import cupy
-
+    try:
+        import cupy
+    except ImportError:
+        return []
     try:
         major, minor = cupy.cuda.nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:
-        return Finding("CUDA compiler", f"CuPy cannot load NVRTC: {error}", good=False)
+        return [Finding("CUDA compiler", f"CuPy cannot load NVRTC: {error}", good=False)]
     found = f"NVRTC {major}.{minor}; first use compiles, then {_kernel_cache()} keeps the binaries"
-    return Finding("CUDA compiler", found, good=True)
+    return [Finding("CUDA compiler", found, good=True)]
 
 
 def _kernel_cache() -> str:

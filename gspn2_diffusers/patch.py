@@ -15,7 +15,7 @@ from .attention import PATCHED_CLASSES
 from .config import GSPN2Config
 from .families import find_denoiser
 from .grid import attach_grid_hook, detach_grid_hook
-from .kernels.backends import BACKENDS
+from .kernels.backends import check_backend
 from .sites import Selection, is_patched, select_sites, walk_sites
 
 PipeOrModel = TypeVar("PipeOrModel", bound=DiffusionPipeline | nn.Module)
@@ -57,7 +57,7 @@ def apply_gspn2(
         ValueError: unsupported model, selection that matches nothing, unknown backend, weights that
             are damaged or belong to another model. The model is then as it was before.
     """
-    _check_backend(backend)
+    check_backend(backend)
     model = find_denoiser(pipe_or_model)
     _check_restorable(model)
     if isinstance(weights_or_config, GSPN2Config):
@@ -144,11 +144,6 @@ def _load_adapter(weights: str | os.PathLike | GSPN2Adapter) -> GSPN2Adapter:
 
 def _has_own_attention(attn: Attention) -> bool:
     return hasattr(attn, "to_q")
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def _check_restorable(model: nn.Module) -> None:

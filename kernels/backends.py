@@ -20,8 +20,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor, common_dtype: torch.dtyp
         ValueError: no such backend.
         RuntimeError: "cuda" was asked for and cannot run here; the message says why.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "torch":
         return backend
     obstacle = why_not_cuda(tensor.device, common_dtype)
@@ -30,6 +29,12 @@ def resolve_backend(backend: str, tensor: torch.Tensor, common_dtype: torch.dtyp
     if backend == "cuda":
         raise RuntimeError(f"backend='cuda': {obstacle}")
     return "torch"
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError if there is no backend of this name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def why_not_cuda(device: torch.device, dtype: torch.dtype) -> str | None:

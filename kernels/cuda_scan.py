@@ -105,18 +105,12 @@ def _to_map(tokens: Tensor, sizes: launch.Sizes) -> Tensor:
 
 
 def _scan_fake(x, logits, lam, u, skip, chunk_size, store_hidden):
-    y = x.new_empty([x.shape[axis] for axis in _MEMORY_ORDER[4]]).permute(_FROM_MEMORY_ORDER[4])
-    return y, _hidden_fake(x, lam.shape if store_hidden else None)
+    return _empty_channels_last(x), _hidden_fake(x, lam.shape if store_hidden else None)
 
 
 def _scan_backward_fake(grad_y, x, logits, lam, u, skip, hidden, chunk_size):
-    grads = [
-        t.new_empty([t.shape[axis] for axis in _MEMORY_ORDER[t.ndim]]).permute(
-            _FROM_MEMORY_ORDER[t.ndim]
-        )
-        for t in (x, logits, lam, u, *(() if skip is None else (skip,)))
-    ]
-    return (*grads, x.new_empty(0))[:5]
+    grads = [_empty_channels_last(t) for t in (x, logits, lam, u)]
+    return *grads, x.new_empty(0) if skip is None else _empty_channels_last(skip)
 
 
 def _hidden_fake(x, planes):

@@ -49,7 +49,6 @@ template <int BYTES> struct raw_of;
 template <> struct raw_of<16> { typedef uint4 type; };
 template <> struct raw_of<8> { typedef uint2 type; };
 template <> struct raw_of<4> { typedef unsigned type; };
-template <> struct raw_of<2> { typedef unsigned short type; };
 
 template <class T, int V> struct Channels {
     typedef typename raw_of<V * sizeof(T)>::type raw;

@@ -173,7 +173,7 @@ __device__ __forceinline__ View token_view(const Arguments& a, void* data) {
 }
 
 // How far logits in 16-bit words begin past a 4-byte word, in bits, on line after line.
-template <class T> struct WordShift {
+struct WordShift {
     int now, change;
 
     __device__ WordShift(const Walk& logits)
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, 1) CLUSTER_DIMS(CLUSTER) scan_forward
     Walk logits(a.logits, work, place.j, a.group_stride * group, SIZE, false);
     Walk partial(plane_view(a, a.partial), work, place.j, place.channel, SIZE, false);
     Walk hidden(plane_view(a, a.hidden), work, place.j, place.channel, sizeof(float), false);
-    WordShift<T> shift(logits);
+    WordShift shift(logits);
 
     auto copy_line = [&](int i, char* slot) {
         if (i < work.lines) {
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(THREADS, 1) CLUSTER_DIMS(CLUSTER) scan_backwar
     Walk grad_lam(a.grad_lam, work, place.j, place.channel, SIZE, true);
     Walk grad_u(a.grad_u, work, place.j, place.channel, SIZE, true);
     Walk grad_skip(a.grad_skip, work, place.j, place.channel, SIZE, true);
-    WordShift<T> shift(logits);
+    WordShift shift(logits);
 
     // Lanes side by side whose channels share a group add up their gradients of its logits; what
     // is left of the sum over the group are shares, added later.

@@ -167,11 +167,12 @@ def test_doctor_tells_capability_compiler_and_cache_where_the_kernels_run(
     assert "'cuda'" in findings["line scan"].found
 
 
-def test_doctor_misses_a_compiler_that_cupy_cannot_load(doctor_on_cuda, monkeypatch):
+@pytest.mark.parametrize("obstacle", [None, "CuPy finds no NVRTC"])
+def test_doctor_misses_a_compiler_that_cupy_cannot_load(obstacle, doctor_on_cuda, monkeypatch):
     def get_version():
         raise RuntimeError("failed to load libnvrtc.so.13")
 
-    doctor_on_cuda(None)
+    doctor_on_cuda(obstacle)
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(get_version))
     finding = findings_by_topic()["CUDA compiler"]
     assert finding.good is False and "libnvrtc.so.13" in finding.found
