@@ -52,14 +52,19 @@ def test_a_new_process_that_loads_the_weights_draws_identical_images(tmp_path, s
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["unet", "sdxl", "dit", "pixart"])
-def test_saved_blocks_load_into_an_equal_model_and_give_equal_outputs(family, tmp_path):
+def test_saved_blocks_load_into_an_equal_model_and_give_its_outputs(family, tmp_path):
+    """Weights bit for bit. Outputs to rounding: on some processors the order of a sum depends on
+    where in memory the weights lie."""
     model, run = tiny_denoiser(family)
     config = GSPN2Config(groups=2, parameters_from="tokens", chunk_size=3)
     apply_gspn2(model, config, sites="*.0.attn1" if family == "unet" else None)
     image = run(awaken(model))
     save_gspn2(model, tmp_path)
     twin, _ = tiny_denoiser(family)
-    assert torch.equal(run(apply_gspn2(twin, tmp_path)), image)
+    apply_gspn2(twin, tmp_path)
+    for mine, saved in zip(twin.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(mine, saved)
+    torch.testing.assert_close(run(twin), image, rtol=1e-5, atol=1e-5)
 
 
 def test_only_a_config_and_safetensors_are_written(sidecar):

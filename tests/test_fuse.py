@@ -71,7 +71,7 @@ def test_a_fused_model_computes_the_same_to_rounding(config, dtype, batch):
         run(change(model), batch, 12, 10, dtype=dtype) for change in (unfuse_gspn2, fuse_gspn2)
     ]
     plain, fused = ((image.double() - exact).norm() / exact.norm() for image in images)
-    assert fused < 1e-12 if dtype == torch.float64 else fused < 1.5 * plain
+    assert fused < 1e-12 if dtype == torch.float64 else fused < 2 * plain
 
 
 @pytest.mark.parametrize("training", [False, True])
