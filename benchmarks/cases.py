@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from gspn2_diffusers import gspn2_scan
+from gspn2_diffusers.kernels import gspn2_scan_lines
+from gspn2_diffusers.kernels.cuda_scan import pack_maps, split_lines
+from gspn2_diffusers.kernels.layout import LineLayout
 
 DIRECTIONS = 4
 TAPS = 3
-LAYOUTS = ("channels-last", "tokens", "planar")
+LAYOUTS = ("lines", "channels-last", "tokens", "planar")
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,13 @@ class Operands:
     @classmethod
     def random(
         cls, case: Case, layout: str, skip: bool, device: torch.device, dtype: torch.dtype
-    ) -> "Operands":
-        """Normal ones. `layout` is how they lie in memory: ``channels-last`` puts the channels of a
-        position beside each other, ``tokens`` all parameters of a position too (as a layer's
-        projection writes them), ``planar`` the positions of a channel."""
+    ) -> "Operands | LineOperands":
+        """Normal ones. `layout` is how they lie in memory: ``lines`` as the kernels read them,
+        ``channels-last`` puts the channels of a position beside each other, ``tokens`` all
+        parameters of a position too (as a layer's projection writes them), ``planar`` the positions
+        of a channel."""
+        if layout == "lines":
+            return LineOperands.of(cls.random(case, "planar", skip, device, dtype), case)
         batch, proxy_dim, height, width = case.batch, case.proxy_dim, case.height, case.width
         logits = (case.groups, TAPS)
         gates = 3 if skip else 2
@@ -162,3 +168,73 @@ class Operands:
     def scan(self, **options: object) -> Tensor:
         """Run :func:`gspn2_scan`; `options` are its keyword arguments."""
         return gspn2_scan(self.x, self.logits, self.lam, self.u, self.skip, **options)
+
+    def maps(self) -> "Operands":
+        """The same as arguments of :func:`gspn2_scan`."""
+        return self
+
+    def gradients_of_maps(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of :meth:`maps` from those of :meth:`tensors`."""
+        return gradients
+
+
+@dataclass(frozen=True)
+class LineOperands:
+    """Arguments of :func:`gspn2_scan_lines`, with the interface of :class:`Operands`."""
+
+    rows: Tensor
+    columns: Tensor
+    case: Case
+    skip: bool
+
+    @classmethod
+    def of(cls, maps: Operands, case: Case) -> "LineOperands":
+        """Those of the same scan."""
+        lines = pack_maps(maps.x, maps.logits, maps.lam, maps.u, maps.skip)
+        return cls(*lines, case, maps.skip is not None)
+
+    @property
+    def x(self) -> Tensor:
+        """As much of the memory as x takes."""
+        return self.rows[:, :, : self.case.proxy_dim]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Both of them, by name."""
+        return {"rows": self.rows, "columns": self.columns}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.rows.nbytes + self.columns.nbytes
+
+    def leaves(self) -> "LineOperands":
+        """The same memory, as tensors that gradients are wanted for."""
+        leaves = (tensor.detach().requires_grad_() for tensor in (self.rows, self.columns))
+        return replace(self, **dict(zip(("rows", "columns"), leaves, strict=True)))
+
+    def scan(self, **options: object) -> Tensor:
+        """Run :func:`gspn2_scan_lines`, to a map ``[B, P, H, W]``."""
+        grid, case = (self.case.height, self.case.width), self.case
+        sizes = {"proxy_dim": case.proxy_dim, "groups": case.groups, "skip": self.skip}
+        y = gspn2_scan_lines(self.rows, self.columns, grid, **sizes, **options)
+        return y.unflatten(1, grid).permute(0, 3, 1, 2)
+
+    def maps(self) -> Operands:
+        """The same as arguments of :func:`gspn2_scan`."""
+        return Operands._with(*self._split(self.rows, self.columns))
+
+    def gradients_of_maps(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of :meth:`maps` from those of :meth:`tensors`: both hold a part of x's."""
+        x, logits, gates = self._split(**gradients)
+        sideways = self._layout.split(gradients["columns"][..., : self.case.height])[0]
+        x = x + sideways.transpose(-1, -2)
+        return Operands._with(x, logits, gates).tensors()
+
+    @property
+    def _layout(self) -> LineLayout:
+        return LineLayout(self.case.proxy_dim, self.case.groups, self.skip)
+
+    def _split(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        grid = (self.case.height, self.case.width)
+        x, logits, *gates = split_lines(rows, columns, grid, self._layout)
+        return x, logits, gates

@@ -58,11 +58,11 @@ def compare_proxy_sizes(
     for side in sides:
         for ratio in ratios:
             case = Case(1, CHANNELS // ratio, side, side)
-            draw = partial(Operands.random, case, "tokens", True, timer.device, dtype)
+            draw = partial(Operands.random, case, "lines", True, timer.device, dtype)
             first = draw()
             sets = [first, *(draw() for _ in range(input_sets(first.nbytes, timer.device) - 1))]
             with torch.no_grad():
-                check_result(case.label, first, first.scan(backend=backend))
+                check_result(case.label, first.maps(), first.scan(backend=backend))
                 runs = [partial(operands.scan, backend=backend) for operands in sets]
                 ms, timing = timer.on_device_ms(runs)
             floor = case.floor_bytes(True, False, dtype.itemsize)

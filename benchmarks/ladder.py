@@ -211,7 +211,7 @@ def measure_ladder(case: Case, timer: Timer, copy: float) -> list[dict]:
             add(f"{rung.name}, from Python", "events", timer.in_turn_ms([run]))
         add(rung.name, "graph", timer.in_turn_ms([run], graph=True))
     del problem, run
-    operands = Operands.random(case, "channels-last", False, timer.device, torch.bfloat16)
+    operands = Operands.random(case, "lines", False, timer.device, torch.bfloat16)
     with torch.no_grad():
         ms, timing = timer.on_device_ms([partial(operands.scan, backend="cuda")])
     add("this package, 1/4 of four directions", timing, ms / 4)

@@ -82,7 +82,7 @@ def forward_run(operands: Operands, label: str | None = None, *, backend: str) -
     run = torch.no_grad()(partial(operands.scan, backend=backend))
     if label is not None:
         poison(operands.x)
-        check_result(label, operands, run())
+        check_result(label, operands.maps(), run())
     return run
 
 
@@ -97,7 +97,8 @@ def backward_run(
     run = partial(torch.autograd.grad, y, list(wanted.values()), grad_y, retain_graph=True)
     if label is not None:
         poison(*wanted.values())
-        check_gradients(label, operands, grad_y, dict(zip(wanted, run(), strict=True)))
+        gradients = operands.gradients_of_maps(dict(zip(wanted, run(), strict=True)))
+        check_gradients(label, operands.maps(), grad_y, gradients)
     return run
 
 

@@ -2,6 +2,7 @@
 
 python benchmarks/unet.py --model tiny --sizes 128 256 512 1024
 python benchmarks/unet.py --model sdxl --sizes 1024 2048 4096 8192 16384 --softmax-max 4096
+python benchmarks/unet.py --model sdxl --sizes 1024 2048 --graph
 python benchmarks/unet.py --model sdxl --sizes 1024 4096 --compile --channels-last
 """
 
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from diffusers import UNet2DConditionModel
 from gate import check_finite, check_operator
-from measuring import Timer, peak_memory
+from measuring import Timer, capturing_stream, peak_memory
 from models import BUILDERS, PIXELS_PER_LATENT, build, random_inputs
 from options import at_least, parser, prepare, run_script, size
 from report import device_name, number, show, table, write_results
@@ -37,7 +38,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS))
     add("--softmax-max", type=at_least(0), metavar="SIDE",
         help="no softmax attention for images of more than SIDE² pixels")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile the UNet, anew for every size")
+    mode = args.add_mutually_exclusive_group()
+    mode.add_argument("--compile", action="store_true",
+                      help="torch.compile the UNet, anew for every size")  # fmt: skip
+    mode.add_argument("--graph", action="store_true",
+                      help="replay a CUDA graph: no time for launching from Python")  # fmt: skip
     add("--channels-last", action="store_true", help="keep weights and maps in that layout")
     add("--proxy-ratio", type=at_least(1), default=8, metavar="N",
         help="channels per proxy channel (8)")  # fmt: skip
@@ -130,6 +135,7 @@ def measure(
     timer: Timer,
     compiled: bool = False,
     channels_last: bool = False,
+    graph: bool = False,
 ) -> list[dict]:
     """One result per variant, all of one latent size and run back to back.
 
@@ -146,7 +152,7 @@ def measure(
             forward = partial(model, **inputs, return_dict=False)
             check_finite(f"{name} at {latent[0]}x{latent[1]}", forward()[0])
             with peak_memory(unet.device) as peak:
-                ms = timer.median_ms(forward)
+                ms = timer.in_turn_ms([forward], graph=graph)
         rows.append(
             {"image": [PIXELS_PER_LATENT * side for side in latent], "latent": list(latent),
              "batch": batch, "tokens": tokens, "variant": name, "ms": ms, "peak_mib": peak.total}
@@ -186,8 +192,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     device, dtype = prepare(args)
-    check_operator(device, dtype)
+    if args.graph and device.type != "cuda":
+        raise ValueError(f"--graph: expected a CUDA device, got {device.type!r}")
+    with capturing_stream(device) if args.graph else nullcontext():
+        time_unets(args, device, dtype)
 
+
+def time_unets(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Check, measure, print a table and write the results."""
+    check_operator(device, dtype)
     unet = build(args.model, device, dtype)
     if args.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
@@ -201,13 +214,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             fits = args.softmax_max is None or image[0] * image[1] <= args.softmax_max**2
             variants = [name for name in args.variants if fits or name != "softmax"]
             rows += measure(
-                unet, adapter, variants, batch, latent, timer, args.compile, args.channels_last
-            )
+                unet, adapter, variants, batch, latent, timer, args.compile, args.channels_last,
+                args.graph,
+            )  # fmt: skip
 
-    mode = "compiled" if args.compile else "eager"
+    mode = "compiled" if args.compile else "from a CUDA graph" if args.graph else "eager"
     title = f"The {args.model} UNet, one forward, {mode}, {device_name(device)}, {args.dtype}"
     show(results_table(title, rows))
-    suffix = "-compiled" if args.compile else ""
+    suffix = "-compiled" if args.compile else "-graph" if args.graph else ""
     write_results(args, f"unet-{args.model}{suffix}", device, rows)
 
 

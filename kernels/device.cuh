@@ -1,4 +1,4 @@
-// Number formats, vectors of channels, asynchronous copies and thread-block clusters.
+// Number formats, vectors of numbers, asynchronous copies.
 //
 // Nothing is included, so that NVRTC needs no CUDA toolkit: conversions are PTX or bit operations,
 // chosen by __CUDA_ARCH__.
@@ -43,21 +43,28 @@ __device__ __forceinline__ unsigned pack_word(float16, float low, float high) {
     return word;
 }
 
-// ---- V neighbouring channels, moved as one access of up to 16 bytes
+// ---- V neighbouring numbers, moved as one access of up to 16 bytes
 
 template <int BYTES> struct raw_of;
 template <> struct raw_of<16> { typedef uint4 type; };
 template <> struct raw_of<8> { typedef uint2 type; };
 template <> struct raw_of<4> { typedef unsigned type; };
 
-template <class T, int V> struct Channels {
+template <class T, int V> struct Vector {
     typedef typename raw_of<V * sizeof(T)>::type raw;
 
-    static __device__ __forceinline__ void load(const void* from, float (&to)[V]) {
+    static __device__ __forceinline__ void unpack(raw from, float (&to)[V]) {
         union { raw all; unsigned word[V / 2]; } bits;
-        bits.all = *static_cast<const raw*>(from);
+        bits.all = from;
 #pragma unroll
         for (int v = 0; v < V; v += 2) unpack_word(T(), bits.word[v / 2], to[v], to[v + 1]);
+    }
+    static __device__ __forceinline__ void load(const void* from, float (&to)[V]) {
+        unpack(*static_cast<const raw*>(from), to);
+    }
+    // What another block wrote: not from the L1 cache.
+    static __device__ __forceinline__ void load_fresh(const void* from, float (&to)[V]) {
+        unpack(__ldcg(static_cast<const raw*>(from)), to);
     }
     static __device__ __forceinline__ void store(void* to, const float (&from)[V]) {
         union { raw all; unsigned word[V / 2]; } bits;
@@ -67,7 +74,7 @@ template <class T, int V> struct Channels {
     }
 };
 
-template <class T> struct Channels<T, 1> {
+template <class T> struct Vector<T, 1> {
     typedef unsigned short raw;
 
     static __device__ __forceinline__ void load(const void* from, float (&to)[1]) {
@@ -79,7 +86,7 @@ template <class T> struct Channels<T, 1> {
     }
 };
 
-template <int V> struct Channels<float, V> {
+template <int V> struct Vector<float, V> {
     static constexpr int WIDTH = V < 4 ? V : 4;  // of one access
     typedef typename raw_of<WIDTH * sizeof(float)>::type raw;
 
@@ -91,6 +98,16 @@ template <int V> struct Channels<float, V> {
             to[v] = bits.value[v % WIDTH];
         }
     }
+    static __device__ __forceinline__ void unpack(raw from, float (&to)[V]) {
+        static_assert(V == WIDTH, "one access");
+        union { raw all; float value[WIDTH]; } bits;
+        bits.all = from;
+#pragma unroll
+        for (int v = 0; v < V; ++v) to[v] = bits.value[v];
+    }
+    static __device__ __forceinline__ void load_fresh(const void* from, float (&to)[V]) {
+        unpack(__ldcg(static_cast<const raw*>(from)), to);
+    }
     static __device__ __forceinline__ void store(void* to, const float (&from)[V]) {
         union { raw all; float value[WIDTH]; } bits;
 #pragma unroll
@@ -101,7 +118,7 @@ template <int V> struct Channels<float, V> {
     }
 };
 
-template <> struct Channels<float, 1> {
+template <> struct Vector<float, 1> {
     typedef float raw;
 
     static __device__ __forceinline__ void load(const void* from, float (&to)[1]) {
@@ -150,66 +167,10 @@ template <int PENDING> __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// ---- messages between the blocks of a cluster, each with its own completion count
+// ---- threads that wait for one another
 
-// Wait until all threads of all blocks of the cluster have come here.
-template <int CLUSTER> __device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (CLUSTER > 1)
-        asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-    __syncthreads();
-}
-
-// An mbarrier that completes a phase once `expect` was called and that many bytes have come.
-struct Receipt {
-    unsigned long long state;
-
-    __device__ __forceinline__ void init() {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;"
-                     :: "r"(shared_address(&state)) : "memory");
-#endif
-    }
-    __device__ __forceinline__ void expect(int bytes) {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("{ .reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1; }"
-                     :: "r"(shared_address(&state)), "r"(bytes) : "memory");
-#endif
-    }
-    __device__ __forceinline__ void wait(int parity) {
-#if __CUDA_ARCH__ >= 900
-        unsigned done;
-        do {
-            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
-                         "selp.u32 %0, 1, 0, p; }"
-                         : "=r"(done) : "r"(shared_address(&state)), "r"(parity) : "memory");
-        } while (!done);
-#endif
-    }
-};
-
-// Store where `to` lies in this block, but in block `rank` of the cluster, and count the bytes in
-// that block's `receipt`.
-template <int V> __device__ __forceinline__ void
-send_async(void* to, Receipt* receipt, int rank, const float (&from)[V]) {
-#if __CUDA_ARCH__ >= 900
-    unsigned address, count;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(address) : "r"(shared_address(to)), "r"(rank));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(count) : "r"(shared_address(receipt)), "r"(rank));
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
-                     :: "r"(address + 4 * v), "f"(from[v]), "r"(count) : "memory");
-#endif
-}
-
-// Make the compiler keep a value in a register rather than compute it again on every line.
-__device__ __forceinline__ void keep(int& value) { asm("" : "+r"(value)); }
-__device__ __forceinline__ void keep(int64& value) { asm("" : "+l"(value)); }
-__device__ __forceinline__ void keep(char*& value) { asm("" : "+l"(value)); }
+// Between two looks at what another block will change.
+__device__ __forceinline__ void pause() { __nanosleep(100); }
 
 // ---- mathematics
 

@@ -1,97 +1,33 @@
-"""Compiles the CUDA kernels of ``scan.cu`` and launches them on torch tensors.
+"""Compiles the CUDA kernels and launches them on torch tensors.
 
-CuPy compiles a variant on its first use, with NVRTC, and caches the binary on disk. Tensors,
-workspaces and streams are torch's; CuPy only gets addresses. What depends on sizes and strides
-alone is worked out once: a small scan is over before Python has done much.
+CuPy compiles a kernel on its first use, with NVRTC, and caches the binary on disk. Tensors,
+workspaces and streams are torch's; CuPy only gets addresses. What depends on sizes alone is worked
+out once: a small scan is over before Python has done much.
 """
 
-import math
 import threading
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from itertools import chain
+from array import array
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .plans import BACKWARD, FORWARD, RESERVED_BYTES, Device, Plan, Problem, Variant, make_plan
+from .layout import TAPS, LineLayout, TokenLayout, pad
+from .plans import BACKWARD, FORWARD, Device, Plan, Problem, make_plan
 
 SOURCE = "\n".join(
-    Path(__file__).with_name(name).read_text() for name in ("device.cuh", "scan.cuh", "scan.cu")
+    Path(__file__).with_name(name).read_text()
+    for name in ("device.cuh", "scan.cuh", "scan.cu", "pack.cu")
 )
 OPTIONS = ("--std=c++17",)
-ALIGNMENT = 16  # bytes of the widest access
-TAPS_AND_PADDING = 4
+PACK_THREADS, TILE_POSITIONS = 256, 64
+PACK_SHARED_BYTES = 64 * 33 * 4
 
 _lock = threading.Lock()
-
-
-@cache
-def load(variant: Variant, device_index: int):
-    """The compiled kernel, as a `cupy.cuda.Function`. Thread-safe; call it through `launch`."""
-    import cupy
-
-    with cupy.cuda.Device(device_index):
-        module = cupy.RawModule(
-            code=SOURCE, options=OPTIONS, backend="nvrtc", name_expressions=(variant.name,)
-        )
-        kernel = module.get_function(variant.name)
-        kernel.max_dynamic_shared_size_bytes = (
-            Device.of(device_index).shared_bytes - RESERVED_BYTES
-        )
-        return kernel.kernel
-
-
-@lru_cache(maxsize=256)
-def _stream(address: int):
-    import cupy
-
-    return cupy.cuda.ExternalStream(address) if address else cupy.cuda.Stream.null
-
-
-def launch(plan: Plan, arguments: list[int], device: torch.device) -> None:
-    """Run a plan on the current stream of `device` with the members of `Arguments` in order."""
-    index = device.index
-    with _lock:
-        function = load(plan.variant, index)
-    stream = _stream(torch.cuda.current_stream(index).cuda_stream)
-    packed = np.array(arguments, dtype=np.int64).view(f"V{8 * len(arguments)}")  # one struct
-    if index == torch.cuda.current_device():
-        function((plan.blocks,), (plan.threads,), (packed,), plan.shared_bytes, stream)
-    else:
-        with torch.cuda.device(index):
-            function((plan.blocks,), (plan.threads,), (packed,), plan.shared_bytes, stream)
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Every output and workspace comes from here, uninitialised."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-class View(NamedTuple):
-    """Address and strides, in elements, of a tensor whose channels are neighbours in memory."""
-
-    address: int
-    image: int
-    direction: int
-    row: int
-    column: int
-
-
-ABSENT = View(0, 0, 0, 0, 0)
-
-
-class Inputs(NamedTuple):
-    """The five inputs of a scan (or their gradients), wherever they lie."""
-
-    x: View
-    logits: View
-    lam: View
-    u: View
-    skip: View
+_this_thread = threading.local()
 
 
 class Sizes(NamedTuple):
@@ -103,151 +39,255 @@ class Sizes(NamedTuple):
     channels: int
     groups: int
     chunk_size: int  # 0: the whole map
-    group_stride: int  # elements between the logits of neighbouring groups, 3 or more
+    skip: bool
 
     @property
     def tokens(self) -> int:
         return self.height * self.width
 
+    @property
+    def rows(self) -> int:
+        """Of a line of the inputs."""
+        return LineLayout(self.channels, self.groups, self.skip).rows
 
-def run_forward(
-    inputs: Inputs, sizes: Sizes, like: Tensor, *, result: bool, hidden: bool
-) -> tuple[Tensor, Tensor]:
-    """y ``[B, N, P]`` and h ``[B, 4, N, P]``, each empty where it is not wanted."""
-    if not result:
-        inputs = inputs._replace(skip=ABSENT)
-    device, dtype = like.device, like.dtype
-    work = _divide(FORWARD, sizes, dtype, device.index, *_shape_in_memory(inputs))
-    tokens = (sizes.batch, sizes.tokens, sizes.channels)
-    planes = (sizes.batch, 4, sizes.tokens, sizes.channels)
-    y = allocate(tokens if result else (0,), dtype, device)
-    partial = allocate(planes, dtype, device) if result else None
-    h = allocate(planes if hidden else (0,), torch.float32, device)
-    arrivals = work.arrivals(device) if result else None
-    lines = work.line_buffers(2, device)
-    outputs = (y if result else None, partial, h if hidden else None, None, None, arrivals, lines)
-    arguments = [*chain(*inputs, *4 * (ABSENT,)), *map(_address, outputs), *work.size_fields]
-    launch(work.plan, arguments, device)
-    return y, h
+    def lines_shape(self, axis: int, rows: int, itemsize: int) -> tuple[int, int, int, int]:
+        """``[B, lines, rows, padded]`` of the rows (axis 0) or the columns (1) of the map."""
+        lines, length = (self.height, self.width) if axis == 0 else (self.width, self.height)
+        return self.batch, lines, rows, pad(length, itemsize)
+
+    def workspace_size(self, rows: int, itemsize: int) -> int:
+        """Elements for `rows` rows in each line of all four directions."""
+        shapes = (self.lines_shape(axis, rows, itemsize) for axis in (0, 1))
+        return sum(2 * batch * lines * rows * padded for batch, lines, _, padded in shapes)
 
 
-def run_backward(
-    inputs: Inputs, grads: Inputs, sizes: Sizes, grad_y: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of x ``[B, N, P]``, and of the logits where `grads` could not take it.
+# ---- launching
 
-    The gradients of lam, u and skip are written where `grads` points to. So is that of the logits
-    if one block sees all channels of a group; else its sum over blocks, ``[B, 4, N, G, 3]`` in
-    float32, is returned. `grad_y` ``[B, N, P]`` is contiguous, `hidden` is h from run_forward.
-    """
-    device, dtype = grad_y.device, grad_y.dtype
-    work = _divide(BACKWARD, sizes, dtype, device.index, *_shape_in_memory(inputs, grads))
-    grad_x = allocate((sizes.batch, sizes.tokens, sizes.channels), dtype, device)
-    partial = allocate((sizes.batch, 4, sizes.tokens, sizes.channels), dtype, device)
-    shape = (work.parts, sizes.batch, 4, sizes.tokens, sizes.groups, 3)
-    shares = allocate(shape, torch.float32, device) if work.parts > 1 else None
-    arrivals, lines = work.arrivals(device), work.line_buffers(6, device)
-    outputs = (grad_x, partial, hidden, grad_y, shares, arrivals, lines)
-    arguments = [*chain(*inputs, *grads[1:]), *map(_address, outputs), *work.size_fields]
-    launch(work.plan, arguments, device)
-    return grad_x, None if shares is None else shares.sum(0)
+
+@cache
+def load(name: str, device_index: int):
+    """The compiled kernel, as a `cupy.cuda.Function`. Thread-safe; call it through `launch`."""
+    import cupy
+
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(
+            code=SOURCE, options=OPTIONS, backend="nvrtc", name_expressions=(name,)
+        )
+        kernel = module.get_function(name)
+        kernel.max_dynamic_shared_size_bytes = Device.of(device_index).shared_bytes
+        return kernel.kernel
+
+
+def launch(
+    name: str,
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+    arguments: Sequence[int],
+    device: torch.device,
+) -> None:
+    """Run a kernel on the current stream of `device`; `arguments` are the members of its struct."""
+    from cupy.cuda import driver, runtime
+
+    index = device.index
+    if not hasattr(_this_thread, "has_context"):  # the driver makes none, unlike the runtime
+        runtime.setDevice(torch.cuda.current_device())
+        _this_thread.has_context = True
+    with _lock:
+        function = load(name, index)
+    struct = array("q", arguments)
+    pointers = array("Q", (struct.buffer_info()[0],))
+    sizes = (blocks, 1, 1, threads, 1, 1, shared_bytes)
+    # The raw handle: making a torch.cuda.Stream of it takes as long as the launch.
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    call = function.ptr, *sizes, stream, pointers.buffer_info()[0], 0
+    if index == torch.cuda.current_device():
+        driver.launchKernel(*call)
+    else:
+        with torch.cuda.device(index):
+            driver.launchKernel(*call)
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every output and workspace comes from here, uninitialised."""
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _shape_in_memory(*tensors: Inputs) -> tuple:
-    """What of these tensors' places decides how a scan is run: their strides, the alignment of
-    their addresses in bytes (of the logits apart), and whether there is a skip."""
-    gates, logits = 0, 0
-    for inputs in tensors:
-        gates |= inputs.x.address | inputs.lam.address | inputs.u.address | inputs.skip.address
-        logits |= inputs.logits.address
-    strides = tuple(view[1:] for inputs in tensors for view in inputs)
-    return strides, gates % ALIGNMENT, logits % ALIGNMENT, tensors[0].skip is not ABSENT
+# ---- the scan
+
+
+def run_forward(
+    lines: Sequence[Tensor],
+    sizes: Sizes,
+    *,
+    result: bool,
+    hidden: bool,
+    arrivals: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y ``[B, N, P]``, and h of every line in all directions, each empty where it is not wanted.
+
+    `lines` are the inputs by axis, each contiguous as a :class:`LineLayout` says; `arrivals` are
+    counters from :func:`pack`, which set them to zero.
+    """
+    like = lines[0]
+    device, dtype = like.device, like.dtype
+    plan = plan_for(FORWARD, sizes, dtype, device.index)
+    y = allocate((sizes.batch, sizes.tokens, sizes.channels) if result else (0,), dtype, device)
+    count = sizes.workspace_size(sizes.channels, dtype.itemsize)
+    partial = allocate((count,), dtype, device) if result else None
+    h = allocate((count if hidden else 0,), torch.float32, device)
+    if arrivals is None and result:
+        arrivals = _zero_counters(plan, device)
+    buffers = _line_buffers(plan, 2, sizes, dtype, device)
+    outputs = (y if result else None, partial, h if hidden else None, None, arrivals, buffers)
+    _run(plan, lines, None, None, outputs, sizes, device)
+    return y, h
+
+
+def run_backward(
+    lines: Sequence[Tensor], grad_y: Sequence[Tensor], hidden: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `lines`, by axis; `grad_y` is that of y in lines of P rows, `hidden` h from
+    :func:`run_forward`."""
+    like = lines[0]
+    device, dtype = like.device, like.dtype
+    plan = plan_for(BACKWARD, sizes, dtype, device.index)
+    grads = tuple(allocate(tuple(t.shape), dtype, device) for t in lines)
+    count = sizes.workspace_size(sizes.channels, dtype.itemsize)
+    partial = allocate((count,), dtype, device)
+    parts = _parts(plan, sizes)
+    shares = None
+    if parts > 1:
+        count = sizes.workspace_size(TAPS * sizes.groups, dtype.itemsize)
+        shares = allocate((parts, count), torch.float32, device)
+    arrivals, buffers = _zero_counters(plan, device), _line_buffers(plan, 6, sizes, dtype, device)
+    outputs = (None, partial, hidden, shares, arrivals, buffers)
+    _run(plan, lines, grad_y, grads, outputs, sizes, device)
+    if shares is not None:
+        _add_up(shares.sum(0), grads, sizes)
+    return grads
+
+
+def plan_for(kernel: str, sizes: Sizes, dtype: torch.dtype, device_index: int) -> Plan:
+    """The plan of a scan on a device."""
+    return _plan(kernel, sizes[:5], sizes.skip, dtype, device_index)
 
 
 @lru_cache(maxsize=1024)
-def _divide(
-    kernel: str,
-    sizes: Sizes,
-    dtype: torch.dtype,
-    device_index: int,
-    strides: tuple[tuple[int, ...], ...],
-    gates: int,
-    logits: int,
-    skip: bool,
-) -> "Division":
-    """The plan of a scan and what follows from it."""
-    vector = _vector_width(sizes, dtype.itemsize, strides, gates, logits)
-    shape = (sizes.batch, sizes.height, sizes.width, sizes.channels, sizes.groups)
-    plan = make_plan(Problem(kernel, dtype, *shape, vector, skip), Device.of(device_index))
-    # Three logits can be copied as four where the fourth is padding.
-    steps = (logits // dtype.itemsize, *strides[1], sizes.group_stride)
-    return Division(plan, sizes, padded=not any(step % TAPS_AND_PADDING for step in steps))
+def _plan(kernel: str, shape: tuple[int, ...], skip: bool, dtype: torch.dtype, index: int) -> Plan:
+    return make_plan(Problem(kernel, dtype, *shape, skip), Device.of(index))
 
 
-@dataclass(frozen=True)
-class Division:
-    """A plan, applied to a scan."""
-
-    plan: Plan
-    sizes: Sizes
-    padded: bool
-
-    @cached_property
-    def size_fields(self) -> tuple[int, ...]:
-        """The members of `Arguments` from `batch` on."""
-        plan = (self.plan.chunk, self.plan.segment, self.sizes.group_stride)
-        return (*self.sizes[:-1], *plan, int(self.padded), self.lanes)
-
-    @cached_property
-    def lanes(self) -> int:
-        """Neighbouring vectors that always share a weight group: their threads add up its
-        gradient."""
-        variant = self.plan.variant
-        if variant.per_channel or not variant.stages:
-            return 1
-        vectors = self.plan.chunk // variant.vector
-        if self.sizes.groups == 1:
-            return vectors
-        return math.gcd(vectors, self.share // variant.vector)
-
-    @cached_property
-    def parts(self) -> int:
-        """Into how many shares of different threads the gradient of a group's logits falls."""
-        if self.plan.variant.per_channel:
-            return 1
-        return -(-self.share // (self.plan.variant.vector * self.lanes))
-
-    @property
-    def share(self) -> int:
-        """Channels of a weight group."""
-        return self.sizes.channels // self.sizes.groups
-
-    def arrivals(self, device: torch.device) -> Tensor:
-        """Counters with which the blocks of a chunk wait for one another."""
-        chunks = self.plan.blocks // (4 * self.plan.variant.cluster)
-        return torch.zeros(chunks, dtype=torch.int32, device=device)
-
-    def line_buffers(self, count: int, device: torch.device) -> Tensor | None:
-        """Lines in global memory for the kernels that keep none on chip."""
-        if self.plan.variant.stages:
-            return None
-        length = max(self.sizes.height, self.sizes.width)
-        return allocate((self.plan.blocks, count, length * self.plan.chunk), torch.float32, device)
+def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
+    arguments = []
+    for pair in (lines, grad_y, grads):
+        for tensor in pair or (None, None):
+            image_and_line = (0, 0) if tensor is None else tensor.stride()[:2]
+            arguments += (_address(tensor), *image_and_line)
+    arguments += map(_address, outputs)
+    arguments += (*sizes, plan.party, plan.lanes)
+    name = plan.variant.name
+    launch(name, plan.blocks, plan.threads, plan.shared_bytes, arguments, device)
 
 
-def _vector_width(sizes: Sizes, itemsize: int, strides, gates: int, logits: int) -> int:
-    """Channels that can be moved at once: a power of two up to 16 bytes."""
+def _zero_counters(plan: Plan, device: torch.device) -> Tensor | None:
+    """Counters with which the blocks of a party wait for one another."""
+    if not plan.counters:
+        return None
+    return torch.zeros(plan.counters, dtype=torch.int32, device=device)
+
+
+def _line_buffers(plan, count, sizes, dtype, device) -> Tensor | None:
+    """Lines in global memory for the kernels that keep none on chip."""
+    if plan.variant.stages:
+        return None
+    length = pad(max(sizes.height, sizes.width), dtype.itemsize)
+    return allocate((plan.blocks, count, length * plan.party), torch.float32, device)
+
+
+def _parts(plan: Plan, sizes: Sizes) -> int:
+    """Into how many shares of different threads the gradient of a group's logits falls."""
     share = sizes.channels // sizes.groups
-    width = math.gcd(ALIGNMENT // itemsize, gates // itemsize)
-    if share > 1:
-        width = math.gcd(width, share)
-    else:  # a thread's logits are vectors too
-        width = math.gcd(width, sizes.channels, logits // itemsize)
-    for index, view in enumerate(strides):
-        if share == 1 or index % 5 != 1:
-            width = math.gcd(width, *view)
-    return width
+    return share // plan.variant.channels
+
+
+def _add_up(total: Tensor, grads: Sequence[Tensor], sizes: Sizes) -> None:
+    """Write the gradients of logits, sums over all shares, into those of the lines."""
+    rows, start = TAPS * sizes.groups, 0
+    per_image = total.view(sizes.batch, -1)
+    for grad in grads:
+        _, lines, _, padded = grad.shape
+        count = 2 * lines * rows * padded
+        part = per_image[:, start : start + count].view(-1, 2, lines, rows, padded)
+        grad[:, :, -2 * rows :].unflatten(2, (2, rows)).copy_(part.transpose(1, 2))
+        start += count
+
+
+# ---- between tokens and lines
+
+
+def pack(
+    x: Tensor, params: Tensor | None, sizes: Sizes, *, arrivals: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The lines, by axis, of tokens `x` ``[B, N, P]`` and `params` ``[B, N, K]``; without params,
+    of x alone. With `arrivals` also the zeroed counters of the forward scan that comes next."""
+    device, dtype = x.device, x.dtype
+    rows = sizes.channels if params is None else sizes.rows
+    lines = tuple(
+        allocate(sizes.lines_shape(axis, rows, dtype.itemsize), dtype, device) for axis in (0, 1)
+    )
+    counters = None
+    if arrivals:
+        count = plan_for(FORWARD, sizes, dtype, device.index).counters
+        counters = allocate((count,), torch.int32, device) if count else None
+    _move("pack_tokens", (x, x), params, lines, sizes, counters)
+    return *lines, counters
+
+
+def unpack(lines: Sequence[Tensor], sizes: Sizes, params_width: int) -> tuple[Tensor, Tensor]:
+    """The adjoint of :func:`pack`: gradients of x and params from those of the lines."""
+    like = lines[0]
+    shape = (sizes.batch, sizes.tokens)
+    both = allocate((2, *shape, sizes.channels), like.dtype, like.device)
+    params = allocate((*shape, params_width), like.dtype, like.device)
+    layout = TokenLayout(sizes.channels, sizes.groups)
+    params[..., layout.gates :].zero_()  # columns that nobody reads
+    _move("unpack_tokens", both.unbind(), params, lines, sizes, None)
+    return both[0] + both[1], params
+
+
+def _move(kernel, x, params, lines, sizes, counters) -> None:
+    itemsize, layout = x[0].element_size(), TokenLayout(sizes.channels, sizes.groups)
+    tokens = x[0] if params is None else params
+    strides = (*x[0].stride()[:2], *tokens.stride()[:2])
+    addresses = (_address(x[0]), _address(x[1]), _address(params))
+    paired = _paired(sizes.channels, strides, *(address % 4 for address in addresses))
+    count = 0 if counters is None else counters.numel()
+    buffers = (*addresses, *map(_address, lines), _address(counters))
+    arguments = (*buffers, *strides, *sizes[:5], layout.group_stride, paired, count)
+    blocks = _tiles(sizes[:5], itemsize, params is not None)
+    device = lines[0].device
+    name = f"{kernel}<{itemsize}>"
+    launch(name, blocks, PACK_THREADS, PACK_SHARED_BYTES, arguments, device)
+
+
+@lru_cache(maxsize=1024)
+def _paired(channels: int, strides: tuple[int, ...], *misalignments: int) -> int:
+    """Whether two columns of 16 bits always lie in one word."""
+    return int(not any(number % 2 for number in (channels, *strides)) and not any(misalignments))
+
+
+@lru_cache(maxsize=1024)
+def _tiles(shape: tuple[int, ...], itemsize: int, with_params: bool) -> int:
+    batch, height, width, channels, groups = shape
+    stride = TokenLayout(channels, groups).group_stride
+    columns = 7 * channels + 2 * groups * stride if with_params else channels
+    across = -(-columns // (128 // itemsize))
+    tiles = 0
+    for lines, length in ((height, width), (width, height)):
+        tiles += lines * -(-pad(length, itemsize) // TILE_POSITIONS)
+    return batch * across * tiles

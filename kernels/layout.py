@@ -7,6 +7,7 @@ from torch import Tensor
 DIRECTION_COUNT = 4
 TAPS = 3
 ROW_MULTIPLE = 16  # of the row's length: rows of 16-bit numbers then begin on a 32-byte sector
+VECTOR_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,44 @@ class TokenLayout:
         ].unflatten(-1, (DIRECTION_COUNT, self.groups, self.group_stride))
         gates = params[..., : self.gates].unflatten(-1, (3, DIRECTION_COUNT, -1))
         return logits[..., :TAPS], *gates.unbind(-3)
+
+
+@dataclass(frozen=True)
+class LineLayout:
+    """Rows of the buffers ``[B, lines, R, padded]`` that the CUDA kernels scan, one for the rows of
+    a map and one for its columns: x ``[P]``, then for the two directions along the axis lam, u and
+    skip, ``[2, P]`` each, and logits ``[2, G, 3]``.
+
+    The positions of a line are neighbours in memory. `padded` is their number rounded up to whole
+    vectors of 16 bytes; what is past the length is zero.
+    """
+
+    proxy_dim: int
+    groups: int
+    skip: bool
+
+    @property
+    def gates(self) -> int:
+        """How many there are of lam, u and skip."""
+        return 3 if self.skip else 2
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return (1 + 2 * self.gates) * self.proxy_dim + 2 * self.groups * TAPS
+
+    def split(self, lines: Tensor) -> tuple[Tensor, ...]:
+        """Views of `lines` ``[B, lines, R, length]``: x ``[B, P, lines, length]``, logits
+        ``[B, 2, G, 3, lines, length]``, then lam, u and perhaps skip ``[B, 2, P, lines, length]``.
+        """
+        pair = 2 * self.proxy_dim
+        sizes = (self.proxy_dim, *self.gates * [pair], 2 * self.groups * TAPS)
+        x, *gates, logits = lines.transpose(1, 2).split(sizes, dim=1)
+        logits = logits.unflatten(1, (2, self.groups, TAPS))
+        return x, logits, *(gate.unflatten(1, (2, -1)) for gate in gates)
+
+
+def pad(length: int, itemsize: int) -> int:
+    """`length` rounded up to whole vectors of 16 bytes."""
+    vector = VECTOR_BYTES // itemsize
+    return -(-length // vector) * vector

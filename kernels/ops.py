@@ -6,9 +6,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from . import cuda_scan  # noqa: F401  registers the operators
 from .backends import resolve_backend
-from .layout import TokenLayout
+from .cuda_scan import pack_maps, scan_tokens_now, split_lines
+from .layout import LineLayout, TokenLayout, pad
 from .reference import DIRECTIONS, scan_reference, scan_tokens_reference
 
 
@@ -40,8 +40,8 @@ def gspn2_scan(
         store_hidden: the CUDA kernels keep h, 4 P H W float32 numbers an image, from the forward
             for the backward pass, instead of computing it again. The torch backend never keeps it.
 
-    The CUDA kernels read tensors whose channels are neighbours in memory (channels last); others
-    are copied into that layout first.
+    The CUDA kernels scan lines whose positions are neighbours in memory, so the inputs are copied
+    first: :func:`gspn2_scan_lines` takes them as they are.
 
     Returns:
         ``[B, P, H, W]`` in the dtype of x (on CUDA under autocast, in its dtype): the sum over
@@ -58,8 +58,12 @@ def gspn2_scan(
     dtype = _common_dtype(tensors)
     if resolve_backend(backend, x, dtype) == "torch":
         return scan_reference(x, logits, lam, u, skip, chunk_size)
-    same = [tensor.to(dtype) for tensor in tensors] + ([None] if skip is None else [])
-    y, _ = torch.ops.gspn2_diffusers.scan(*same, chunk_size or 0, store_hidden)
+    computed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+    same = [tensor.to(computed) for tensor in tensors] + ([None] if skip is None else [])
+    height, width = x.shape[-2:]
+    sizes = height, width, x.shape[1], logits.shape[2], chunk_size or 0, skip is not None
+    y, _ = torch.ops.gspn2_diffusers.scan_lines(*pack_maps(*same), *sizes, store_hidden)
+    y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     return y if dtype == x.dtype else y.to(x.dtype)  # autocast may have chosen another one
 
 
@@ -74,7 +78,7 @@ def gspn2_scan_tokens(
     store_hidden: bool = False,
 ) -> Tensor:
     """:func:`gspn2_scan` of tokens that lie row by row on a grid, as a block's projections write
-    them: no layout has to be changed on the way.
+    them.
 
     Args:
         x: proxy features, ``[B, N, P]``.
@@ -96,10 +100,67 @@ def gspn2_scan_tokens(
     dtype = _common_dtype([x, params])
     if resolve_backend(backend, x, dtype) == "torch":
         return scan_tokens_reference(x, params, height, width, groups, chunk_size)
-    y, _ = torch.ops.gspn2_diffusers.scan_tokens(
-        x.to(dtype), params.to(dtype), height, width, groups, chunk_size or 0, store_hidden
-    )
+    tokens = x.to(dtype), params.to(dtype)
+    if _runs_at_once(*tokens):
+        y = scan_tokens_now(*tokens, height, width, groups, chunk_size or 0)
+    else:
+        lines = torch.ops.gspn2_diffusers.pack_tokens(*tokens, height, width, groups)
+        sizes = height, width, x.shape[2], groups, chunk_size or 0, True
+        y, _ = torch.ops.gspn2_diffusers.scan_lines(*lines, *sizes, store_hidden)
     return y if dtype == x.dtype else y.to(x.dtype)
+
+
+def _runs_at_once(*tensors: Tensor) -> bool:
+    """Whether nobody has to hear of the operators: no gradient, compiler, autocast or kind of
+    tensor. Telling torch's dispatcher takes longer than a small scan."""
+    return (
+        not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.is_autocast_enabled("cuda")
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def gspn2_scan_lines(
+    rows: Tensor,
+    columns: Tensor,
+    grid: Sequence[int],
+    *,
+    proxy_dim: int,
+    groups: int = 1,
+    skip: bool = True,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    store_hidden: bool = False,
+) -> Tensor:
+    """:func:`gspn2_scan` of inputs that lie in memory as the CUDA kernels read them.
+
+    Args:
+        rows: x and parameters of the rows of a map, ``[B, H, R, padded]``: what a
+            :class:`~gspn2_diffusers.kernels.layout.LineLayout` says. W positions and zeros.
+        columns: the same of its columns, ``[B, W, R, padded]``: H positions and zeros.
+        grid: H and W.
+        proxy_dim: P.
+        groups: G, the number of weight groups.
+        skip: whether there are rows of skip.
+        chunk_size, backend, store_hidden: as in :func:`gspn2_scan`.
+
+    Returns:
+        ``[B, N, P]`` in the dtype of rows.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`gspn2_scan`.
+    """
+    height, width = grid
+    layout = LineLayout(proxy_dim, groups, skip)
+    _check_lines(rows, columns, height, width, layout, chunk_size)
+    if resolve_backend(backend, rows, rows.dtype) == "torch":
+        maps = split_lines(rows, columns, grid, layout)
+        y = scan_reference(*maps, *(() if skip else (None,)), chunk_size)
+        return y.flatten(2).transpose(1, 2)
+    sizes = height, width, proxy_dim, groups, chunk_size or 0, skip
+    y, _ = torch.ops.gspn2_diffusers.scan_lines(rows, columns, *sizes, store_hidden)
+    return y
 
 
 def params_width(proxy_dim: int, groups: int) -> int:
@@ -137,6 +198,19 @@ def _check_tokens(x, params, height, width, groups, chunk_size) -> None:
         )
     _check_groups("groups", groups, proxy_dim)
     _check_shape("params", params, (batch, tokens, params_width(proxy_dim, groups)))
+    _check_chunk_size(chunk_size)
+
+
+def _check_lines(rows, columns, height, width, layout, chunk_size) -> None:
+    _check_floating("rows", rows)
+    if columns.dtype != rows.dtype:
+        raise TypeError(f"columns: expected the dtype of rows, {rows.dtype}, got {columns.dtype}")
+    if rows.ndim != 4 or 0 in rows.shape:
+        raise ValueError(f"rows: expected a non-empty [B, H, R, W] tensor, got {tuple(rows.shape)}")
+    _check_groups("groups", layout.groups, layout.proxy_dim)
+    batch, itemsize = rows.shape[0], rows.element_size()
+    _check_shape("rows", rows, (batch, height, layout.rows, pad(width, itemsize)))
+    _check_shape("columns", columns, (batch, width, layout.rows, pad(height, itemsize)))
     _check_chunk_size(chunk_size)
 
 

@@ -7,16 +7,32 @@ from itertools import product
 
 import torch
 
+from .layout import TAPS, VECTOR_BYTES, LineLayout, pad
+
 NUMBER_FORMATS = {
     torch.float32: "float",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
 FORWARD, BACKWARD = "scan_forward", "scan_backward"
-STAGES = (8, 4, 2)  # depths of the ring of lines that are copied ahead
-CLUSTERS = (1, 2, 4, 8)  # blocks that share a line; every device with clusters takes 8
-VECTORS = (4, 2, 1)  # vectors of channels that a block takes side by side
-RESERVED_BYTES = 64  # shared memory that the kernels declare themselves, rounded up
+WARP = 32
+STRIP = 30  # threads of a warp that have positions of their own, where a line is cut into strips
+CHANNELS = (4, 2, 1)  # of a thread
+LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
+WHOLE_STAGES = {FORWARD: (4,), BACKWARD: (4,)}  # depths of the ring of lines that are copied ahead
+STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}
+LARGEST_PARTY = 16
+TILE_BYTES = 4 * max(party * side * (side + 1) for party, side in ((1, 64), (4, 32), (16, 16)))
+SECTOR_BYTES = 32  # of device memory
+MOST_THREADS = {  # by positions and channels of a thread: as many as spill no register
+    FORWARD: {
+        (2, 1): 896, (2, 2): 640, (2, 4): 512, (4, 1): 640, (4, 2): 512, (4, 4): 384, (8, 1): 512,
+    },
+    BACKWARD: {
+        (2, 1): 640, (2, 2): 640, (2, 4): 512, (4, 1): 512, (4, 2): 384, (4, 4): 384, (8, 1): 256,
+    },
+}  # fmt: skip
+ANY_LENGTH_THREADS, ANY_LENGTH_CHANNELS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -25,21 +41,20 @@ class Variant:
 
     kernel: str
     number_format: str
-    vector: int = 1  # channels of a thread
-    per_channel: bool = False  # every channel has its own propagation weights
+    vector: int = 1  # positions of a thread
+    channels: int = 1  # of a thread; they share their weights
+    strips: bool = False  # several warps to a line
     stages: int = 0  # depth of the ring; 0: the kernel for lines of any length, which has none
-    cluster: int = 1  # blocks that share a line
-    threads: int = 512  # most threads of a block
+    threads: int = ANY_LENGTH_THREADS  # most threads of a block
 
     @property
     def name(self) -> str:
-        """The C++ name expression, such as ``scan_forward<bfloat16, 8, false, 4, 1, 512>``."""
+        """The C++ name expression, such as ``scan_forward<bfloat16, 4, 2, true, 4, 512>``."""
         if not self.stages:
             return f"{self.kernel}_any_length<{self.number_format}>"
-        per_channel = str(self.per_channel).lower()
         return (
-            f"{self.kernel}<{self.number_format}, {self.vector}, {per_channel}, {self.stages}, "
-            f"{self.cluster}, {self.threads}>"
+            f"{self.kernel}<{self.number_format}, {self.vector}, {self.channels}, "
+            f"{str(self.strips).lower()}, {self.stages}, {self.threads}>"
         )
 
 
@@ -50,7 +65,6 @@ class Device:
     capability: tuple[int, int]
     processors: int
     shared_bytes: int  # most shared memory of a block
-    cache_bytes: int  # of the L2 cache
 
     @classmethod
     @cache
@@ -60,16 +74,7 @@ class Device:
             (found.major, found.minor),
             found.multi_processor_count,
             found.shared_memory_per_block_optin,
-            found.L2_cache_size,
         )
-
-    @property
-    def clusters(self) -> tuple[int, ...]:
-        """Blocks that may share a line: the four directions of a chunk wait for one another at the
-        end, so all of their blocks have to fit on the device together, with room to spare."""
-        if self.capability < (9, 0):
-            return (1,)
-        return tuple(blocks for blocks in CLUSTERS if blocks == 1 or 8 * blocks <= self.processors)
 
 
 @dataclass(frozen=True)
@@ -83,18 +88,23 @@ class Problem:
     width: int
     channels: int
     groups: int
-    vector: int  # most channels that all tensors' addresses and strides allow to move at once
     skip: bool
 
     @property
-    def per_channel(self) -> bool:
-        return self.groups == self.channels
+    def share(self) -> int:
+        """Channels of a weight group."""
+        return self.channels // self.groups
 
     @property
-    def input_bytes(self) -> int:
-        """Size of the inputs of all directions, roughly."""
-        tokens = self.batch * self.height * self.width
-        return tokens * 4 * (3 * self.channels + 3 * self.groups) * self.dtype.itemsize
+    def longest(self) -> int:
+        """Positions of the longer lines, with their padding."""
+        return pad(max(self.height, self.width), self.dtype.itemsize)
+
+    @property
+    def line_bytes(self) -> int:
+        """Bytes of the longest line of the inputs, with all its rows."""
+        rows = LineLayout(self.channels, self.groups, self.skip).rows
+        return rows * self.longest * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -102,124 +112,146 @@ class Plan:
     """How a scan is run: a variant and the sizes that go with it."""
 
     variant: Variant
-    chunk: int  # channels of a block
-    segment: int  # positions of a block
+    party: int  # channels whose four directions are added up by the same threads
+    lanes: int  # threads to a line, where a warp takes whole lines
     blocks: int
     threads: int
     shared_bytes: int
+    counters: int  # of blocks that arrive and wait for the others of their party
 
 
 @lru_cache(maxsize=1024)
 def make_plan(problem: Problem, device: Device) -> Plan:
-    """The plan that should be fastest: the widest vectors, then the least :func:`_cost`."""
-    vector = problem.vector
-    while vector * problem.dtype.itemsize >= 4:
-        plans = list(ring_plans(problem, device, vector))
-        if plans:
-            return min(plans, key=lambda plan: _cost(plan, problem, device))
-        vector //= 2
+    """The plan that should be fastest: the least :func:`_cost`."""
+    plans = list(ring_plans(problem, device))
+    if plans:
+        return min(plans, key=lambda plan: _cost(plan, problem, device))
     return _plan_any_length(problem)
 
 
-def ring_plans(problem: Problem, device: Device, vector: int) -> Iterator[Plan]:
-    """Every division of the work that fits the device, each with its deepest ring."""
-    length = max(problem.height, problem.width)
-    per_channel = problem.per_channel and vector > 1
-    itemsize = problem.dtype.itemsize
-    number_format = NUMBER_FORMATS[problem.dtype]
-    for vectors, cluster in product(VECTORS, device.clusters):
-        segment = -(-length // cluster)
-        if vectors > 1 and (vectors - 1) * vector >= problem.channels:
-            continue
-        threads = 32 * -(-segment * vectors // 32)
-        bound = most_threads(problem.kernel, vector, itemsize, per_channel, cluster)
-        if threads > bound:
-            continue
-        chunks = -(-problem.channels // (vectors * vector))
-        blocks = problem.batch * 4 * chunks * cluster
-        sizes = {
-            stages: shared_bytes(problem, vector, vectors, segment, threads, stages)
-            for stages in ring_depths(cluster)
-        }
-        stages = _deepest_ring(sizes, blocks, device)
-        if stages is None:
-            continue
-        variant = Variant(
-            problem.kernel, number_format, vector, per_channel, stages, cluster, bound
-        )
-        yield Plan(variant, vectors * vector, segment, blocks, threads, sizes[stages])
+def ring_plans(problem: Problem, device: Device) -> Iterator[Plan]:
+    """Every division of the work that fits the device."""
+    if problem.line_bytes >= 2**31:  # the kernels count the bytes of a line in 32 bits
+        return
+    whole = problem.longest <= LONGEST_WHOLE
+    divide = _whole_line_plans if whole else _strip_plans
+    for vector, channels in shapes_of_a_thread(problem.dtype.itemsize, strips=not whole):
+        if problem.share % channels == 0:
+            yield from divide(problem, device, vector, channels)
 
 
-def most_threads(kernel: str, vector: int, itemsize: int, per_channel: bool, cluster: int) -> int:
+def shapes_of_a_thread(itemsize: int, *, strips: bool) -> list[tuple[int, int]]:
+    """Positions and channels that a thread may own; its vectors have 4 to 16 bytes."""
+    if not strips:
+        return list(product((2, 4), CHANNELS))
+    shapes = [(4, channels) for channels in CHANNELS]
+    longer = 8 * itemsize <= VECTOR_BYTES  # twice the reach, for lines that are too long otherwise
+    return [*shapes, (8, 1)] if longer else shapes
+
+
+def most_threads(kernel: str, vector: int, channels: int, capability: tuple[int, int]) -> int:
     """Threads of a block at which the kernel's registers suffice."""
-    if kernel == FORWARD and vector * itemsize == 4 and cluster == 1:
-        return 1024
-    return 256 if kernel == BACKWARD and per_channel and vector > 4 else 512
+    threads = MOST_THREADS[kernel][vector, channels]
+    # For 12.x the assembler needs some more registers.
+    return threads - 128 if capability >= (12, 0) and threads > 384 else threads
 
 
-def ring_depths(cluster: int) -> tuple[int, ...]:
-    """Depths of the ring, the best first; blocks that share a line need no very shallow one."""
-    return STAGES if cluster == 1 else STAGES[:-1]
+def _whole_line_plans(problem, device, vector, channels) -> Iterator[Plan]:
+    """A block takes the four directions of a party, a line of each in a part of a warp."""
+    threads_needed = -(-problem.longest // vector)
+    lanes = 1 << (threads_needed - 1).bit_length()
+    bound = most_threads(problem.kernel, vector, channels, device.capability)
+    for chunks, stages in product((1, 2, 4, 8, 16), WHOLE_STAGES[problem.kernel]):
+        party = chunks * channels
+        threads = WARP * -(-4 * chunks * lanes // WARP)
+        size = shared_bytes(problem, vector, channels, threads, stages, party, strips=False)
+        crowded = chunks > 1 and party >= 2 * problem.channels
+        if threads > bound or crowded or party > LARGEST_PARTY or size > device.shared_bytes:
+            continue
+        variant = _variant(problem, vector, channels, False, stages, bound)
+        blocks = problem.batch * -(-problem.channels // party)
+        yield Plan(variant, party, lanes, blocks, threads, size, counters=0)
 
 
-def _deepest_ring(sizes: dict[int, int], blocks: int, device: Device) -> int | None:
-    """Stages that leave room for a second block on a multiprocessor, if there are so many."""
-    available = device.shared_bytes - RESERVED_BYTES
-    share = available // 2 - 1024 if blocks > device.processors else available
-    comfortable = (s for s, size in sizes.items() if s >= 4 and size <= share)
-    possible = (s for s, size in sizes.items() if size <= available)
-    return next(comfortable, None) or next(possible, None)
+def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
+    """A block takes one direction, its line in strips of a warp each."""
+    threads = WARP * -(-problem.longest // (STRIP * vector))
+    bound = most_threads(problem.kernel, vector, channels, device.capability)
+    party = channels
+    # Tokens are written in whole sectors, by blocks that the device holds at the same time.
+    while (
+        party * problem.dtype.itemsize < SECTOR_BYTES
+        and party < problem.channels
+        and 8 * party // channels <= device.processors
+    ):
+        party *= 2
+    for stages in STRIP_STAGES[problem.kernel]:
+        size = shared_bytes(problem, vector, channels, threads, stages, party, strips=True)
+        if threads > bound or size > device.shared_bytes:
+            continue
+        variant = _variant(problem, vector, channels, True, stages, bound)
+        parties = problem.batch * -(-problem.channels // party)
+        blocks = parties * 4 * party // channels
+        yield Plan(variant, party, WARP, blocks, threads, size, counters=parties)
+
+
+def _variant(problem, vector, channels, strips, stages, bound) -> Variant:
+    number_format = NUMBER_FORMATS[problem.dtype]
+    return Variant(problem.kernel, number_format, vector, channels, strips, stages, bound)
 
 
 def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
     """What decides between plans, most important first; the smaller the better.
 
-    A scan larger than the L2 cache is bound by device memory, which is read in pieces of 64 bytes:
-    wide chunks first. A smaller one is bound by the threads of the busiest multiprocessor, and,
-    where these are few, by messages between blocks.
+    The order and the numbers are those that timing every plan on an H100 suggested. Where lines are
+    short, or there is a gradient, threads with many channels do the least work, if there are still
+    four warps to a multiprocessor. Long lines go forward best with two channels, unless the blocks
+    of the last wave leave most of the device idle.
     """
-    load = -(-plan.blocks // device.processors) * plan.threads
-    width = -plan.chunk * problem.dtype.itemsize
-    shallow = plan.variant.stages < 4
-    if problem.input_bytes > device.cache_bytes:
-        return shallow, width, load, plan.variant.cluster
-    return shallow, max(load, 64), plan.variant.cluster, width
+    variant, processors = plan.variant, device.processors
+    warps = plan.blocks * plan.threads // WARP
+    missing = max(0, 4 * processors - warps)
+    if not variant.strips:
+        return missing, warps, 2 * plan.blocks < processors, -plan.party
+    if problem.kernel == BACKWARD:
+        return variant.vector, missing, warps
+    resident = min(device.shared_bytes // plan.shared_bytes, variant.threads // plan.threads)
+    at_once = processors * max(1, resident)
+    waves = -(-plan.blocks // at_once)
+    wasteful = waves > 1 and plan.blocks < 0.75 * waves * at_once
+    return variant.vector, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
 
 
-def shared_bytes(problem, vector, vectors, segment, threads, stages) -> int:
-    """Size of the ring and the line buffers, as the kernels divide it."""
-    size = vector * problem.dtype.itemsize
-    logits = 3 * size if problem.per_channel and vector > 1 else 4 * problem.dtype.itemsize
-    planes = 4 if problem.kernel == FORWARD else 5
-    slot = (-(-(planes * size + logits) // size) | 1) * size  # as Slot::BYTES
-    line = (segment + 2) * vectors * vector * 4
-    total = stages * threads * slot
-    if problem.kernel == FORWARD:
-        return total + 2 * line
-    return total + stages * line + 4 * line
+def shared_bytes(problem, vector, channels, threads, stages, party, *, strips) -> int:
+    """Size of the ring, the boards and the tile of the merge, as the kernels divide it."""
+    numbers = 2 + problem.skip + (1 if problem.kernel == FORWARD else 2)
+    slot = (numbers * channels + TAPS) * vector * problem.dtype.itemsize
+    if problem.kernel == BACKWARD:
+        slot += channels * vector * 4
+    boards = 2 * threads // WARP * 2 * channels * vector * 4 if strips else 0
+    tile = TILE_BYTES if problem.kernel == FORWARD else 0
+    return max(stages * threads * slot + boards, tile)
 
 
 def _plan_any_length(problem: Problem) -> Plan:
-    chunk = min(8, problem.channels)
-    blocks = problem.batch * 4 * -(-problem.channels // chunk)
+    party = min(ANY_LENGTH_CHANNELS, problem.channels)
+    parties = problem.batch * -(-problem.channels // party)
     variant = Variant(problem.kernel, NUMBER_FORMATS[problem.dtype])
-    return Plan(variant, chunk, max(problem.height, problem.width), blocks, 512, 0)
+
+    return Plan(variant, party, WARP, 4 * parties, ANY_LENGTH_THREADS, TILE_BYTES, counters=parties)
 
 
 def variants(capability: tuple[int, int]) -> list[Variant]:
     """Every variant that a plan can name on devices of this compute capability."""
-    clusters = CLUSTERS if capability >= (9, 0) else (1,)
     found = []
-    for kernel, dtype in product((FORWARD, BACKWARD), NUMBER_FORMATS):
-        name, itemsize = NUMBER_FORMATS[dtype], dtype.itemsize
+    for kernel, (dtype, name) in product((FORWARD, BACKWARD), NUMBER_FORMATS.items()):
         found.append(Variant(kernel, name))
-        widths = [vector for vector in (1, 2, 4, 8) if 4 <= vector * itemsize <= 16]
-        for vector, per_channel, cluster in product(widths, (False, True), clusters):
-            if vector == 1 and per_channel:
-                continue
-            threads = most_threads(kernel, vector, itemsize, per_channel, cluster)
+        for strips, depths in ((False, WHOLE_STAGES[kernel]), (True, STRIP_STAGES[kernel])):
+            shapes = shapes_of_a_thread(dtype.itemsize, strips=strips)
             found += [
-                Variant(kernel, name, vector, per_channel, stages, cluster, threads)
-                for stages in ring_depths(cluster)
+                Variant(
+                    kernel, name, *shape, strips, stages, most_threads(kernel, *shape, capability)
+                )
+                for shape, stages in product(shapes, depths)
             ]
     return found

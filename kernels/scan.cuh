@@ -1,5 +1,5 @@
 // What the forward and the backward scan share: arguments, the division of work, the weights, and
-// the line buffer through which neighbouring positions exchange values.
+// the sum over directions.
 
 extern __shared__ uint4 shared_memory[];
 
@@ -7,79 +7,82 @@ __device__ __forceinline__ char* shared_at(int offset) {
     return reinterpret_cast<char*>(shared_memory) + offset;
 }
 
-// A tensor whose channels are neighbours in memory; strides in elements.
-struct View {
-    char* data;       // null: absent
-    int64 batch;      // between images
-    int64 direction;  // between directions, 0 for x
-    int64 row;        // between rows of the map
-    int64 column;     // between columns of the map
+// The lines along one axis of a map, [B, lines, R, padded]: all that a line needs, one row of
+// positions below the other. `padded` is its length, rounded up to whole vectors of 16 bytes; past
+// the length there are zeros. Rows, for the two directions along the axis (their senses):
+//
+//     x [P]   lam [2, P]   u [2, P]   skip [2, P], if any   logits [2, G, 3]
+struct Lines {
+    char* data;  // null: absent
+    int64 image, line;  // elements from one image, one line to the next
 };
 
 // Passed by value; every member has 64 bits, so that the host can build it as an array of integers.
 struct Arguments {
-    View x, logits, lam, u, skip;                            // inputs; logits [.., G, taps] innermost
-    View grad_logits, grad_lam, grad_u, grad_skip;           // backward only
-    char* result;       // [B, N, P]: y, or in the backward pass the gradient of x; null: not wanted
-    char* partial;      // [B, 4, N, P]: the same, of each direction by itself
-    float* hidden;      // [B, 4, N, P]: h; null: not wanted
-    char* grad_result;  // [B, N, P], backward only
-    float* shares;      // [parts, B, 4, N, G, 3]: gradient of logits by part of a group, or null
-    int* arrivals;      // [B * chunks], zero
-    float* lines;       // line buffers in global memory, for the kernels without a limit of length
-    int64 batch, height, width, channels, groups, chunk_size;  // chunk_size 0: the whole map
-    int64 chunk;          // channels that a block takes side by side
-    int64 segment;        // positions of a line that a block takes
-    int64 group_stride;   // elements between the logits of neighbouring groups
-    int64 padded;         // not 0: a group's logits begin on a multiple of four elements
-    int64 lanes;          // vectors side by side that always share a weight group, a power of two
+    Lines inputs[2];    // the rows of the map, and its columns
+    Lines grad_y[2];    // x of the rows above, and no more; backward only
+    Lines grads[2];     // gradients of the inputs, laid out like them; backward only
+    char* result;       // y [B, N, P]; forward only, null: not wanted
+    char* partial;      // y, or the gradient of x, of each direction by itself: a workspace
+    float* hidden;      // h, a workspace; null: not wanted
+    float* shares;      // [parts, B, 4, lines, G * 3, padded]: gradient of logits by part of a group
+    int* arrivals;      // [B * parties], zero
+    float* buffers;     // lines in global memory, for the kernels without a limit of length
+    int64 batch, height, width, channels, groups;
+    int64 chunk_size;   // 0: the whole map
+    int64 skip;         // not 0: there is a skip
+    int64 party;        // channels whose directions one set of threads adds up in the end
+    int64 lanes;        // threads to a line, where a warp takes whole lines
 };
 
-// The part of the work that one block does, the same in both passes: a direction of a chunk of
-// channels of one image, and of its lines one segment. Blocks of the same chunk follow one another
-// in the grid: direction by direction, segment by segment.
+// One direction of some channels of one image. In a workspace, [B, 4, lines, P, padded], every
+// direction has the lines of its axis.
 struct Work {
-    int64 image, chunk, chunks, tokens;
-    int direction, segment;
-    bool horizontal, reversed;
-    int lines, length;  // of the direction
+    int64 image, party;
+    int direction, axis, reversed, channel;  // the first channel
+    int lines, length, padded;
+    bool idle;  // past the last channel
 
-    __device__ Work(const Arguments& a, int segments) {
-        chunks = (a.channels + a.chunk - 1) / a.chunk;
-        int64 index = blockIdx.x;
-        segment = index % segments;
-        index /= segments;
-        direction = index % 4;
-        index /= 4;
-        chunk = index % chunks;
-        image = index / chunks;
-        horizontal = direction >= 2;
-        reversed = direction & 1;
-        lines = horizontal ? a.width : a.height;
-        length = horizontal ? a.height : a.width;
-        tokens = a.height * a.width;
+    // `member` of the party number `party`: direction by direction, then channels by `chunk`.
+    __device__ Work(const Arguments& a, int size, int64 party, int member, int chunk) : party(party) {
+        const int64 parties = (a.channels + a.party - 1) / a.party;
+        image = party / parties;
+        direction = member % 4;
+        axis = direction / 2;
+        reversed = direction % 2;
+        channel = party % parties * a.party + member / 4 * chunk;
+        idle = channel >= min(a.channels, (party % parties + 1) * a.party);
+        lines = axis ? a.width : a.height;
+        length = axis ? a.height : a.width;
+        padded = pad(length, size);
     }
-    // Offset of position j on the line that the direction visits as its i-th.
-    __device__ int64 offset(int64 i, int64 j, int64 row, int64 column) const {
-        const int64 line = reversed ? lines - 1 - i : i;
-        return horizontal ? j * row + line * column : line * row + j * column;
+    __device__ static int pad(int length, int size) {
+        const int vector = 16 / size;
+        return (length + vector - 1) / vector * vector;
     }
-    __device__ int64 offset(const View& view, int64 i, int64 j) const {
-        return image * view.batch + direction * view.direction + offset(i, j, view.row, view.column);
+    __device__ int64 line(int64 visit) const { return reversed ? lines - 1 - visit : visit; }
+
+    // Rows of the inputs.
+    __device__ int64 x_row() const { return channel; }
+    __device__ int64 lam_row(const Arguments& a) const { return (1 + reversed) * a.channels + channel; }
+    __device__ int64 u_row(const Arguments& a) const { return (3 + reversed) * a.channels + channel; }
+    __device__ int64 skip_row(const Arguments& a) const { return (5 + reversed) * a.channels + channel; }
+    __device__ int64 logits_row(const Arguments& a) const {
+        const int64 group = channel / (a.channels / a.groups);
+        return (a.skip ? 7 : 5) * a.channels + 3 * (reversed * a.groups + group);
     }
-    __device__ int64 token(const Arguments& a, int64 i, int64 j) const {
-        return offset(i, j, a.width, 1);
-    }
-    // First channel of token 0 in a [B, 4, N, P] tensor.
-    __device__ int64 plane(const Arguments& a) const {
-        return (image * 4 + direction) * tokens * a.channels;
+    // First element of this direction in a workspace that has `rows` rows to a line.
+    __device__ int64 plane(const Arguments& a, int size, int64 rows) const {
+        const int64 upright = a.height * rows * pad(a.width, size);
+        const int64 sideways = a.width * rows * pad(a.height, size);
+        return 2 * image * (upright + sideways) + (axis ? 2 * upright + reversed * sideways : reversed * upright);
     }
 };
 
 // Weights of the left, center and right tap: sigmoid(l_k) / sum of sigmoid(l_k') over the taps that
-// exist. With s the largest logit, or 0 if that is positive,
-//     sigmoid(l) = e^s / d,    d = e^s + e^(s-l) >= 1,
-// so w_k is proportional to 1 / d_k, and d is finite for any logits once s - l is cut at 40.
+// exist. With d_k = 1 + e^-l_k, w_k is proportional to 1 / d_k. Below -20, sigmoid(l) is e^l to the
+// last digit, so three logits below it can be shifted up together; and what is e^-22 of the largest
+// counts for nothing in float32, so exponents can be cut where products of two d would overflow.
 struct Weights {
     float left, center, right;
 };
@@ -87,20 +90,17 @@ struct Weights {
 // `slope` becomes 1 - sigmoid(l_k), the derivative of log sigmoid.
 __device__ __forceinline__ Weights
 propagation_weights(float l, float c, float r, bool first, bool last, float (&slope)[3]) {
-    constexpr float LOG2_E = 1.44269504088896f, CUT = 40.f * LOG2_E;
-    c *= LOG2_E;
-    l = first ? c : l * LOG2_E;
-    r = last ? c : r * LOG2_E;
-    const float shift = fminf(fmaxf(fmaxf(l, c), r), 0.f);
-    const float scale = exp2_approximate(shift);
-    const float e_left = exp2_approximate(fminf(shift - l, CUT));
-    const float e_center = exp2_approximate(fminf(shift - c, CUT));
-    const float e_right = exp2_approximate(fminf(shift - r, CUT));
-    const float d_left = scale + e_left, d_center = scale + e_center, d_right = scale + e_right;
+    constexpr float LOG2_E = 1.44269504088896f, FLAT = 20.f, CUT = 42.f * LOG2_E;
+    l = first ? c : l;
+    r = last ? c : r;
+    const float shift = fminf(fmaxf(fmaxf(l, c), r) + FLAT, 0.f) * LOG2_E;
+    const float e_left = exp2_approximate(fminf(shift - l * LOG2_E, CUT));
+    const float e_center = exp2_approximate(fminf(shift - c * LOG2_E, CUT));
+    const float e_right = exp2_approximate(fminf(shift - r * LOG2_E, CUT));
+    const float d_left = 1.f + e_left, d_center = 1.f + e_center, d_right = 1.f + e_right;
     const float p_left = first ? 0.f : d_center * d_right;
-    const float p_center = d_left * d_right;
     const float p_right = last ? 0.f : d_left * d_center;
-    const float total = reciprocal(p_left + p_center + p_right);
+    const float total = reciprocal(d_left * d_right + (p_left + p_right));
     slope[0] = e_left * reciprocal(d_left);
     slope[1] = e_center * reciprocal(d_center);
     slope[2] = e_right * reciprocal(d_right);
@@ -121,110 +121,182 @@ weights_backward(const Weights& w, const float (&slope)[3], const float* grad_w,
     grad_logits[2] = right;
 }
 
-// Two lines of V floats for each slot, used in turn, seen from one slot. A line is kept as planes of
-// 16 bytes a slot against bank conflicts.
-template <int V> struct LineBuffer {
-    static constexpr int WIDTH = V < 4 ? V : 4, BYTES = WIDTH * sizeof(float);
-    int data, own;     // offsets in shared memory, of all and of the own slot
-    int slots;         // of a line
-    int plane, step;   // bytes of a plane, bytes from one position to the next
+// Wait until every block of the party has come here. Blocks start in the order of their index and
+// those of a party are neighbours, so whoever waits, waits for blocks that run or are next to run.
+__device__ __forceinline__ void meet(const Arguments& a, int64 party, int members) {
+    __syncthreads();
+    if (members == 1) return;
+    if (threadIdx.x == 0) {
+        int* arrived = a.arrivals + party;
+        __threadfence();
+        atomicAdd(arrived, 1);
+        while (*static_cast<volatile int*>(arrived) < members) pause();
+        __threadfence();
+    }
+    __syncthreads();
+}
 
-    static __host__ __device__ constexpr int bytes(int slots) { return 2 * slots * V * sizeof(float); }
-    __device__ LineBuffer(int data, int slots, int slot, int vectors)
-        : data(data), own(data + slot * BYTES), slots(slots), plane(slots * BYTES),
-          step(vectors * BYTES) {
-        keep(own), keep(plane), keep(step);
+// Positions along each side of the tiles that a party's results are added up in: a power of two.
+__device__ __forceinline__ int tile_bits(int64 party) { return party > 4 ? 4 : party > 1 ? 5 : 6; }
+
+// Vectors of one axis of a tile: of two directions, along lines that run across the tile.
+template <class T> struct TilePart {
+    static constexpr int WIDE = 16 / sizeof(T), BITS = WIDE == 8 ? 3 : 2;
+    typedef Vector<T, WIDE> Wide;
+    const char* data;   // of the first direction, channel and line
+    int64 plane;        // bytes to the other direction
+    int64 line;         // bytes from line to line
+    int lines, padded;  // of the map
+    int bits, items;    // of the tile
+
+    // Vector `item` of the tile whose first line and position these are.
+    struct Place { int position, line, channel; };
+    __device__ __forceinline__ Place place(int item) const {
+        const int along = bits - BITS;
+        return {(item & ((1 << along) - 1)) << BITS, item >> along & ((1 << bits) - 1), item >> (along + bits)};
     }
-    __device__ void clear() const {
-        for (int k = threadIdx.x; k < bytes(slots) / 4; k += blockDim.x)
-            *reinterpret_cast<float*>(shared_at(data + 4 * k)) = 0.f;
-    }
-    // `offset` positions from the own one.
-    __device__ __forceinline__ char* at(int turn, int offset, int v) const {
-        return shared_at(own + (turn * (V / WIDTH) + v / WIDTH) * plane + offset * step);
-    }
-    __device__ __forceinline__ void read(int turn, int offset, float (&to)[V]) const {
-#pragma unroll
-        for (int v = 0; v < V; v += WIDTH) {
-            float part[WIDTH];
-            Channels<float, WIDTH>::load(at(turn, offset, v), part);
-#pragma unroll
-            for (int k = 0; k < WIDTH; ++k) to[v + k] = part[k];
-        }
-    }
-    __device__ __forceinline__ void write(int turn, const float (&from)[V]) const {
-#pragma unroll
-        for (int v = 0; v < V; v += WIDTH) {
-            float part[WIDTH];
-#pragma unroll
-            for (int k = 0; k < WIDTH; ++k) part[k] = from[v + k];
-            Channels<float, WIDTH>::store(at(turn, 0, v), part);
-        }
-    }
-    // Into the line buffer of another block of the cluster.
-    __device__ __forceinline__ void
-    send(int turn, int offset, Receipt* receipt, int rank, const float (&from)[V]) const {
-#pragma unroll
-        for (int v = 0; v < V; v += WIDTH) {
-            float part[WIDTH];
-#pragma unroll
-            for (int k = 0; k < WIDTH; ++k) part[k] = from[v + k];
-            send_async<WIDTH>(at(turn, offset, v), receipt, rank, part);
-        }
+    __device__ __forceinline__ bool
+    load(int item, int first_line, int first_position, typename Wide::raw& there, typename Wide::raw& back) const {
+        const Place at = place(item);
+        if (item >= items || first_line + at.line >= lines || first_position + at.position >= padded) return false;
+        const int along = at.channel * padded + first_position + at.position;
+        const char* from = data + (first_line + at.line) * line + int64(along) * int(sizeof(T));
+        there = __ldcg(reinterpret_cast<const typename Wide::raw*>(from));
+        back = __ldcg(reinterpret_cast<const typename Wide::raw*>(from + plane));
+        return true;
     }
 };
 
-// Sum the four directions' partial results into a.result. All blocks of a chunk call this when
-// their direction is done; they wait for one another and then share the tokens. Blocks are started
-// in the order of their index and those of a chunk are neighbours, so whoever waits, waits for
-// blocks that run or are next to run.
-template <class T, int V> __device__ void
-merge_directions(const Arguments& a, const Work& work, int segments, int vectors) {
-    const int partners = 4 * segments;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int* arrived = a.arrivals + work.image * work.chunks + work.chunk;
-        __threadfence();
-        atomicAdd(arrived, 1);
-        while (*static_cast<volatile int*>(arrived) < partners) {}
-        __threadfence();
-    }
-    __syncthreads();
+// Add up the four directions' results of a party into a.result. Two of them lie in lines that are
+// columns of the map, so the sum goes through tiles in shared memory. AHEAD vectors of each thread
+// are on the way while the tile before is written.
+template <class T, int AHEAD> __device__ void
+merge_maps(const Arguments& a, const Work& work, int member, int members) {
+    constexpr int SIZE = sizeof(T), WIDE = 16 / SIZE;
+    typedef Vector<T, WIDE> Wide;
+    meet(a, work.party, members);
 
-    const int64 first = work.chunk * a.chunk;
-    const int own = work.direction * segments + work.segment;
-    const int64 plane = work.tokens * a.channels * sizeof(T);
-    const char* from = a.partial + work.image * 4 * plane;
-    char* to = a.result + work.image * plane;
-    typedef typename Channels<T, V>::raw raw;
-    constexpr int AHEAD = 4;  // tokens whose loads are on the way together
-    // Threads beside one another take neighbouring channels; a block takes every partners-th part.
-    const int64 rows = blockDim.x / vectors, row = threadIdx.x / vectors;
-    const int64 channel = first + threadIdx.x % vectors * V, stride = partners * rows;
-    if (row == rows || channel >= a.channels) return;
-    for (int64 token = own * rows + row; token < work.tokens; token += AHEAD * stride) {
-        raw parts[AHEAD][4];
-        int64 at[AHEAD];
+    const int64 parties = (a.channels + a.party - 1) / a.party;
+    const int64 first = work.party % parties * a.party, image = work.image;
+    const int channels = min(a.party, a.channels - first);
+    const int bits = tile_bits(a.party), side = 1 << bits, stride = side + 1;
+    const int items = channels << (2 * bits - TilePart<T>::BITS);
+    const int height = a.height, width = a.width;
+    const int padded[2] = {Work::pad(width, SIZE), Work::pad(height, SIZE)};
+    const int64 row[2] = {padded[0] * SIZE, padded[1] * SIZE};
+    const int64 planes[2] = {height * a.channels * row[0], width * a.channels * row[1]};
+    const char* data = a.partial + 2 * image * (planes[0] + planes[1]);
+    const TilePart<T> upright = {data + first * row[0], planes[0], a.channels * row[0], height, padded[0], bits, items};
+    const TilePart<T> sideways = {data + 2 * planes[0] + first * row[1], planes[1], a.channels * row[1], width, padded[1], bits, items};
+    float* const tile = reinterpret_cast<float*>(shared_at(0));  // [channels][side][side + 1]
+    const bool wide = a.channels % WIDE == 0 && a.party % WIDE == 0;
+    const int across = (width + side - 1) >> bits;
+    const int64 tiles = int64(across) * ((height + side - 1) >> bits);
+
+    typename Wide::raw there[2][AHEAD], back[2][AHEAD];
+    bool present[2][AHEAD];
+    auto load_ahead = [&](int64 index) {
+        const int top = int(index / across) << bits, left = int(index % across) << bits;
 #pragma unroll
         for (int k = 0; k < AHEAD; ++k) {
-            const int64 here = token + k * stride;
-            at[k] = here < work.tokens ? (here * a.channels + channel) * int(sizeof(T)) : -1;
-            if (at[k] >= 0) {
+            const int item = threadIdx.x + k * blockDim.x;
+            present[0][k] = sideways.load(item, left, top, there[0][k], back[0][k]);
+            present[1][k] = upright.load(item, top, left, there[1][k], back[1][k]);
+        }
+    };
+    // A vector of a column goes down in the tile, one of a row across.
+    auto put_column = [&](int item, const typename Wide::raw& there, const typename Wide::raw& back) {
+        const auto at = sideways.place(item);
+        float one[WIDE], other[WIDE];
+        Wide::unpack(there, one), Wide::unpack(back, other);
 #pragma unroll
-                for (int d = 0; d < 4; ++d)
-                    parts[k][d] = __ldcg(reinterpret_cast<const raw*>(from + d * plane + at[k]));
+        for (int k = 0; k < WIDE; ++k)
+            tile[((at.channel << bits) + at.position + k) * stride + at.line] = one[k] + other[k];
+    };
+    auto add_row = [&](int item, const typename Wide::raw& there, const typename Wide::raw& back) {
+        const auto at = upright.place(item);
+        float one[WIDE], other[WIDE];
+        Wide::unpack(there, one), Wide::unpack(back, other);
+#pragma unroll
+        for (int k = 0; k < WIDE; ++k)
+            tile[((at.channel << bits) + at.line) * stride + at.position + k] += one[k] + other[k];
+    };
+
+    if (member < tiles) load_ahead(member);
+    for (int64 index = member; index < tiles; index += members) {
+        const int top = int(index / across) << bits, left = int(index % across) << bits;
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+            if (present[0][k]) put_column(threadIdx.x + k * blockDim.x, there[0][k], back[0][k]);
+#pragma unroll 2
+        for (int item = threadIdx.x + AHEAD * blockDim.x; item < items; item += blockDim.x) {
+            typename Wide::raw one, other;
+            if (sideways.load(item, left, top, one, other)) put_column(item, one, other);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k)
+            if (present[1][k]) add_row(threadIdx.x + k * blockDim.x, there[1][k], back[1][k]);
+#pragma unroll 2
+        for (int item = threadIdx.x + AHEAD * blockDim.x; item < items; item += blockDim.x) {
+            typename Wide::raw one, other;
+            if (upright.load(item, top, left, one, other)) add_row(item, one, other);
+        }
+        __syncthreads();
+        if (index + members < tiles) load_ahead(index + members);
+
+        const int step = wide ? WIDE : 1;
+        for (int item = threadIdx.x; item < channels / step << 2 * bits; item += blockDim.x) {
+            const int column = item & (side - 1), line = item >> bits & (side - 1), channel = (item >> 2 * bits) * step;
+            if (top + line >= height || left + column >= width) continue;
+            const int64 token = (image * height + top + line) * width + left + column;
+            char* const to = a.result + (token * a.channels + first + channel) * SIZE;
+            const float* const from = tile + ((channel << bits) + line) * stride + column;
+            if (wide) {
+                float sum[WIDE];
+#pragma unroll
+                for (int k = 0; k < WIDE; ++k) sum[k] = from[k * (stride << bits)];
+                Wide::store(to, sum);
+            } else {
+                const float sum[1] = {*from};
+                Vector<T, 1>::store(to, sum);
             }
         }
+        __syncthreads();
+    }
+}
+
+// Add up the gradients of x of a party, of the two directions along each axis.
+template <class T> __device__ void
+merge_lines(const Arguments& a, const Work& work, int member, int members) {
+    constexpr int SIZE = sizeof(T), WIDE = 16 / SIZE;
+    typedef Vector<T, WIDE> Wide;
+    meet(a, work.party, members);
+
+    const int64 parties = (a.channels + a.party - 1) / a.party;
+    const int64 first = work.party % parties * a.party;
+    const int channels = min(a.party, a.channels - first);
+    for (int axis = 0; axis < 2; ++axis) {
+        const int64 lines = axis ? a.width : a.height;
+        const int64 padded[2] = {Work::pad(a.width, SIZE), Work::pad(a.height, SIZE)};
+        const int64 planes[2] = {a.height * a.channels * padded[0], a.width * a.channels * padded[1]};
+        const int vectors = padded[axis] / WIDE;
+        const int64 begin = 2 * (work.image * (planes[0] + planes[1]) + axis * planes[0]);
+        const char* from = a.partial + (begin + first * padded[axis]) * SIZE;
+        const Lines& grads = a.grads[axis];
+        char* to = grads.data + (work.image * grads.image + first * padded[axis]) * SIZE;
+        for (int64 line = member; line < lines; line += members) {
+            const char* there = from + line * a.channels * padded[axis] * SIZE;
+            // A line's rows of these channels are neighbours, there and here.
+#pragma unroll 4
+            for (int item = threadIdx.x; item < channels * vectors; item += blockDim.x) {
+                float sum[WIDE], back[WIDE];
+                Wide::load_fresh(there + item * 16, sum);
+                Wide::load_fresh(there + planes[axis] * SIZE + item * 16, back);
 #pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
-            float sum[V] = {}, part[V];
-#pragma unroll
-            for (int d = 0; d < 4; ++d) {
-                Channels<T, V>::load(&parts[k][d], part);
-#pragma unroll
-                for (int v = 0; v < V; ++v) sum[v] += part[v];
+                for (int k = 0; k < WIDE; ++k) sum[k] += back[k];
+                Wide::store(to + line * grads.line * SIZE + item * 16, sum);
             }
-            if (at[k] >= 0) Channels<T, V>::store(to + at[k], sum);
         }
     }
 }

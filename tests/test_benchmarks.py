@@ -117,7 +117,7 @@ def test_a_wrong_layer_is_refused(load):
         layer.check_layers(layers, CPU, torch.float32)
 
 
-@pytest.mark.parametrize("layout", ["channels-last", "tokens", "planar"])
+@pytest.mark.parametrize("layout", ["lines", "channels-last", "tokens", "planar"])
 def test_scan_times_every_pass_in_every_layout(layout, results_of):
     shapes = ("--shapes", "2x4x9x5/2", "1x3x1x7/3")
     options = ("--backend", "torch", "--layout", layout, *shapes)
@@ -145,6 +145,24 @@ def test_bytes_are_those_of_the_formulas(load):
     assert case.moved_bytes(True, 2) == (4 + 8 + 4 + 12 / 8 + 9) * maps
     operands = cases.Operands.random(case, "channels-last", True, CPU, torch.bfloat16)
     assert operands.nbytes == case.floor_bytes(True, False, 2) - maps
+
+
+def test_gradients_of_lines_are_those_of_the_maps_in_them(load):
+    cases = load("cases")
+    case = cases.Case(2, 6, 5, 7, 3)
+    lines = cases.Operands.random(case, "lines", True, CPU, torch.float64).leaves()
+    maps = lines.maps().leaves()
+    grad_y = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    found = torch.autograd.grad(lines.scan(), list(lines.tensors().values()), grad_y)
+    found = lines.gradients_of_maps(dict(zip(lines.tensors(), found, strict=True)))
+    expected = torch.autograd.grad(maps.scan(), list(maps.tensors().values()), grad_y)
+    for name, gradient in zip(maps.tensors(), expected, strict=True):
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_a_graph_is_refused_without_a_gpu(load):
+    with pytest.raises(ValueError, match="--graph: expected a CUDA device, got 'cpu'"):
+        load("unet").main(["--graph", "--device", "cpu"])
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "tokens"])

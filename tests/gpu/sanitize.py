@@ -21,10 +21,10 @@ from gspn2_diffusers.kernels import gspn2_scan, gspn2_scan_tokens, params_width 
 from gspn2_diffusers.kernels.dense import RELATIVE_RMS, relative_error  # noqa: E402
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-# (channels, groups): channels of a thread from 1 up to 16 bytes, weights shared, by group, and own.
+# (channels, groups): 1, 2 and 4 channels to a thread, weights shared, by group, and own.
 CHANNELS = [(1, 1), (6, 1), (16, 1), (16, 4), (16, 16), (20, 10)]
-# Within a warp, several warps, several blocks of a cluster, longer than one block reaches.
-MAPS = [(5, 7), (1, 33), (70, 3), (3, 1100), (9, 4100)]
+# Parts of a warp, whole ones, strips, of twice as many positions to a thread, longer than a block.
+MAPS = [(5, 7), (1, 33), (70, 3), (3, 260), (2, 2500), (9, 4100)]
 OPTIONS = [(None, False), (3, True)]  # chunk_size, store_hidden
 
 
