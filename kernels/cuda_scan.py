@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch
+from .launch import Sizes
 from .layout import LineLayout, pad
 
 NAMESPACE = "gspn2_diffusers"
@@ -28,10 +29,6 @@ SCHEMAS = (
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations live as long as it
 
 
-def _sizes(batch, height, width, channels, groups, chunk_size, skip) -> launch.Sizes:
-    return launch.Sizes(batch, height, width, channels, groups, chunk_size, skip)
-
-
 # ---- lines
 
 
@@ -39,12 +36,12 @@ def scan_lines_cuda(rows, columns, *sizes_and_store):
     """y ``[B, N, P]`` and `hidden`."""
     *sizes, store_hidden = sizes_and_store
     lines = rows.contiguous(), columns.contiguous()
-    return launch.run_forward(lines, _sizes(len(rows), *sizes), result=True, hidden=store_hidden)
+    return launch.run_forward(lines, Sizes(len(rows), *sizes), result=True, hidden=store_hidden)
 
 
 def scan_lines_backward_cuda(grad_y, rows, columns, hidden, *sizes):
     """Gradients of rows and columns."""
-    sizes = _sizes(len(rows), *sizes)
+    sizes = Sizes(len(rows), *sizes)
     lines = rows.contiguous(), columns.contiguous()
     if not hidden.numel():
         _, hidden = launch.run_forward(lines, sizes, result=False, hidden=True)
@@ -54,7 +51,7 @@ def scan_lines_backward_cuda(grad_y, rows, columns, hidden, *sizes):
 
 def _scan_lines_fake(rows, columns, *sizes_and_store):
     *sizes, store_hidden = sizes_and_store
-    sizes = _sizes(rows.shape[0], *sizes)
+    sizes = Sizes(rows.shape[0], *sizes)
     count = sizes.workspace_size(sizes.channels, rows.dtype.itemsize) if store_hidden else 0
     y = rows.new_empty((sizes.batch, sizes.tokens, sizes.channels))
     return y, rows.new_empty((count,), dtype=torch.float32)
@@ -90,7 +87,7 @@ def pack_tokens_cuda(x, params, height, width, groups):
 
 def unpack_tokens_cuda(rows, columns, height, width, channels, groups, params_width):
     """The adjoint of pack_tokens."""
-    sizes = _sizes(len(rows), height, width, channels, groups, 0, True)
+    sizes = Sizes(len(rows), height, width, channels, groups, 0, True)
     return launch.unpack((rows.contiguous(), columns.contiguous()), sizes, params_width)
 
 
@@ -107,8 +104,8 @@ def _with_columns_together(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _token_sizes(x, height, width, groups, chunk_size=0) -> launch.Sizes:
-    return _sizes(x.shape[0], height, width, x.shape[2], groups, chunk_size, True)
+def _token_sizes(x, height, width, groups, chunk_size=0) -> Sizes:
+    return Sizes(x.shape[0], height, width, x.shape[2], groups, chunk_size, True)
 
 
 def _pack_tokens_fake(x, params, height, width, groups):

@@ -1,4 +1,5 @@
-"""Where the parameters of a token lie in the row that one projection writes for it."""
+"""Where the inputs of a scan lie: in the row that a projection writes for a token, and in the lines
+that the CUDA kernels read."""
 
 from dataclasses import dataclass
 
@@ -37,14 +38,6 @@ class TokenLayout:
         """K."""
         used = self.gates + DIRECTION_COUNT * self.groups * self.group_stride
         return -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
-
-    @property
-    def positions(self) -> tuple[tuple[int, int], ...]:
-        """First column of logits, lam, u and skip, and the columns between two directions."""
-        proxy_dim = self.proxy_dim
-        gate = DIRECTION_COUNT * proxy_dim
-        logits = (self.gates, self.groups * self.group_stride)
-        return logits, (0, proxy_dim), (gate, proxy_dim), (2 * gate, proxy_dim)
 
     def split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views of `params` ``[..., K]``: logits ``[..., 4, G, 3]``, then lam, u and skip

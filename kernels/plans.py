@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 
 import torch
@@ -19,8 +19,8 @@ WARP = 32
 STRIP = 30  # threads of a warp that have positions of their own, where a line is cut into strips
 CHANNELS = (4, 2, 1)  # of a thread
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
-WHOLE_STAGES = {FORWARD: (4,), BACKWARD: (4,)}  # depths of the ring of lines that are copied ahead
-STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}
+WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
+STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips
 LARGEST_PARTY = 16
 TILE_BYTES = 4 * max(party * side * (side + 1) for party, side in ((1, 64), (4, 32), (16, 16)))
 SECTOR_BYTES = 32  # of device memory
@@ -47,7 +47,7 @@ class Variant:
     stages: int = 0  # depth of the ring; 0: the kernel for lines of any length, which has none
     threads: int = ANY_LENGTH_THREADS  # most threads of a block
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The C++ name expression, such as ``scan_forward<bfloat16, 4, 2, true, 4, 512>``."""
         if not self.stages:
@@ -161,14 +161,14 @@ def _whole_line_plans(problem, device, vector, channels) -> Iterator[Plan]:
     threads_needed = -(-problem.longest // vector)
     lanes = 1 << (threads_needed - 1).bit_length()
     bound = most_threads(problem.kernel, vector, channels, device.capability)
-    for chunks, stages in product((1, 2, 4, 8, 16), WHOLE_STAGES[problem.kernel]):
+    for chunks in (1, 2, 4, 8, 16):
         party = chunks * channels
         threads = WARP * -(-4 * chunks * lanes // WARP)
-        size = shared_bytes(problem, vector, channels, threads, stages, party, strips=False)
+        size = shared_bytes(problem, vector, channels, threads, WHOLE_STAGES, strips=False)
         crowded = chunks > 1 and party >= 2 * problem.channels
         if threads > bound or crowded or party > LARGEST_PARTY or size > device.shared_bytes:
             continue
-        variant = _variant(problem, vector, channels, False, stages, bound)
+        variant = _variant(problem, vector, channels, False, WHOLE_STAGES, bound)
         blocks = problem.batch * -(-problem.channels // party)
         yield Plan(variant, party, lanes, blocks, threads, size, counters=0)
 
@@ -186,7 +186,7 @@ def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
     ):
         party *= 2
     for stages in STRIP_STAGES[problem.kernel]:
-        size = shared_bytes(problem, vector, channels, threads, stages, party, strips=True)
+        size = shared_bytes(problem, vector, channels, threads, stages, strips=True)
         if threads > bound or size > device.shared_bytes:
             continue
         variant = _variant(problem, vector, channels, True, stages, bound)
@@ -222,7 +222,7 @@ def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
     return variant.vector, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
 
 
-def shared_bytes(problem, vector, channels, threads, stages, party, *, strips) -> int:
+def shared_bytes(problem, vector, channels, threads, stages, *, strips) -> int:
     """Size of the ring, the boards and the tile of the merge, as the kernels divide it."""
     numbers = 2 + problem.skip + (1 if problem.kernel == FORWARD else 2)
     slot = (numbers * channels + TAPS) * vector * problem.dtype.itemsize
@@ -237,7 +237,6 @@ def _plan_any_length(problem: Problem) -> Plan:
     party = min(ANY_LENGTH_CHANNELS, problem.channels)
     parties = problem.batch * -(-problem.channels // party)
     variant = Variant(problem.kernel, NUMBER_FORMATS[problem.dtype])
-
     return Plan(variant, party, WARP, 4 * parties, ANY_LENGTH_THREADS, TILE_BYTES, counters=parties)
 
 
@@ -246,7 +245,7 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     found = []
     for kernel, (dtype, name) in product((FORWARD, BACKWARD), NUMBER_FORMATS.items()):
         found.append(Variant(kernel, name))
-        for strips, depths in ((False, WHOLE_STAGES[kernel]), (True, STRIP_STAGES[kernel])):
+        for strips, depths in ((False, (WHOLE_STAGES,)), (True, STRIP_STAGES[kernel])):
             shapes = shapes_of_a_thread(dtype.itemsize, strips=strips)
             found += [
                 Variant(
