@@ -26,6 +26,9 @@ NAMES = {
     "gspn2, fused": "GSPN-2, fused",
     "removed": "no self-attention",
 }
+TEACHER_NAMES = {"unet": "UNet", "pixart": "PixArt"}
+LINE_COLORS = ("#1f6fb2", "#c0392b", "#d68910", "#7f8c8d")
+RATIOS = (2, 4, 8, 16, 32)
 PASS_COLORS = {"forward": "#1f6fb2", "backward": "#7fb3d5", "backward-stored": "#c5dcec"}
 PASS_NAMES = {
     "forward": "forward",
@@ -111,6 +114,124 @@ FIGURES: dict[str, Callable] = {
 }
 
 
+def ratio_figure(figure, found: list[dict]) -> None:
+    """Error, accuracy and time of a layer against the channels for each proxy channel."""
+    panels = {
+        "output error": lambda row: row["output_error"],
+        "attributes right, %": _right,
+        "ms of one layer": lambda row: row["layer_ms"],
+    }
+    axes = figure.subplots(1, len(panels))
+    for place, (name, value) in zip(axes, panels.items(), strict=True):
+        shown = found[:1] if name.startswith("ms") else found  # the same layer for all teachers
+        for color, results in zip(LINE_COLORS, shown, strict=False):
+            rows = [row for row in results["rows"] if row["run"].startswith("C/P")]
+            points = [(row["settings"]["block"]["proxy_ratio"], value(row)) for row in rows]
+            points = sorted(point for point in points if point[1] is not None)
+            if points:
+                label = TEACHER_NAMES.get(results["teacher"], results["teacher"])
+                _curve(place, points, color, label)
+        place.set_xscale("log", base=2)
+        place.set_xticks(RATIOS, map(str, RATIOS))
+        place.minorticks_off()
+        place.set_xlabel("C / P")
+        place.set_title(name, loc="left", fontsize=9)
+    axes[-1].set_ylim(bottom=0)
+    if len(found) > 1:
+        axes[0].legend(frameon=False, fontsize=8)
+    arguments = found[0]["arguments"]
+    layer = f"{arguments['layer_channels']} channels, {arguments['layer_grid']}² tokens"
+    _entitle(figure, f"Proxy width: quality, and time of a layer of {layer}", found[0])
+
+
+def stages_figure(figure, found: list[dict]) -> None:
+    """Output error on held-out rows over the seconds of training, a panel for each teacher."""
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for place, results in zip(axes, found, strict=True):
+        _courses(place, results, "seconds", "output_error")
+        place.set_xlabel("seconds of training")
+        place.set_title(TEACHER_NAMES.get(results["teacher"], results["teacher"]),
+                        loc="left", fontsize=9)  # fmt: skip
+    axes[0].set_ylabel("output error")
+    axes[0].legend(frameon=False, fontsize=8)
+    _entitle(figure, "Stages of distillation in equal time: error on held-out rows", found[0])
+
+
+def start_figure(figure, found: list[dict]) -> None:
+    """Errors on held-out rows over the steps, a row of panels for each teacher."""
+    panels = {"layer_error": "layer error", "output_error": "output error"}
+    axes = figure.subplots(len(found), len(panels), squeeze=False)
+    for line, results in zip(axes, found, strict=True):
+        teacher = TEACHER_NAMES.get(results["teacher"], results["teacher"])
+        for place, (name, title) in zip(line, panels.items(), strict=True):
+            _courses(place, results, "step", name)
+            place.set_title(f"{teacher}: {title}", loc="left", fontsize=9)
+            place.set_xlabel("steps")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    _entitle(figure, "What a block starts from: errors on held-out rows", found[0])
+
+
+EXPERIMENTS: dict[str, Callable] = {
+    "ratio": ratio_figure,
+    "stages": stages_figure,
+    "start": start_figure,
+}
+
+
+def find_experiments(folder: Path) -> dict[str, list[dict]]:
+    """For each of `EXPERIMENTS` the results of ``distillation-*-cuda.json``, one for each teacher:
+    the newest, with ``teacher`` and only the rows of this experiment that did not fail."""
+    found: dict[str, dict[str, dict]] = {name: {} for name in EXPERIMENTS}
+    files = [json.loads(path.read_text()) | {"teacher": path.stem.split("-")[1]}
+             for path in sorted(folder.glob("distillation-*-cuda.json"))]  # fmt: skip
+    for results in sorted(files, key=lambda results: results["environment"]["date"]):
+        for name, by_teacher in found.items():
+            rows = [row for row in results["rows"]
+                    if row["experiment"] == name and "error" not in row]  # fmt: skip
+            if rows:
+                by_teacher[results["teacher"]] = results | {"rows": rows}
+    order = list(TEACHER_NAMES)
+    return {
+        name: sorted(
+            by_teacher.values(),
+            key=lambda results: (order + [results["teacher"]]).index(results["teacher"]),
+        )
+        for name, by_teacher in found.items()
+        if by_teacher
+    }
+
+
+def _right(row: dict) -> float | None:
+    """Mean accuracy in % at the training resolution."""
+    scores = list(row["scores"].values())
+    return 100 * scores[0]["mean_accuracy"] if scores else None
+
+
+def _courses(axes, results: dict, over: str, value: str) -> None:
+    """A line per run: `value` of its curve over `over`, on a logarithmic scale."""
+    from matplotlib.ticker import LogLocator
+
+    for color, row in zip(LINE_COLORS, results["rows"], strict=False):
+        _curve(axes, [(entry[over], entry[value]) for entry in row["curve"]], color, row["run"])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def _curve(axes, points: Sequence[tuple[float, float]], color: str, label: str) -> None:
+    axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _entitle(figure, title: str, results: dict) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.supxlabel(_note(results), x=0.01, ha="left", fontsize=7.5, color="#777777")
+
+
 def _shape(row: dict) -> str:
     return f"{row['shape']} / {row['groups']}"
 
@@ -157,13 +278,16 @@ def _beside(end: tuple[float, float], others: Sequence[tuple[float, float]]) -> 
 
 
 def _label(axes, title: str, results: dict) -> None:
-    environment, arguments = results["environment"], results["arguments"]
-    date = environment["date"].split("T")[0]
     axes.set_title(title, loc="left", fontsize=10, pad=18)
-    note = f"{environment['device']}, {arguments['dtype']}, torch {environment['torch']}, {date}"
-    axes.text(0, 1.02, note, transform=axes.transAxes, fontsize=7.5, color="#777777")
+    axes.text(0, 1.02, _note(results), transform=axes.transAxes, fontsize=7.5, color="#777777")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
+
+
+def _note(results: dict) -> str:
+    environment, arguments = results["environment"], results["arguments"]
+    date = environment["date"].split("T")[0]
+    return f"{environment['device']}, {arguments['dtype']}, torch {environment['torch']}, {date}"
 
 
 def draw(name: str, results: dict, folder: Path) -> Path:
@@ -172,8 +296,21 @@ def draw(name: str, results: dict, folder: Path) -> Path:
 
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     FIGURES[name](figure.add_subplot(), results)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name.removesuffix('-cuda')}.png"
+    return _save(figure, folder / f"{name.removesuffix('-cuda')}.png")
+
+
+def draw_experiment(name: str, found: list[dict], folder: Path) -> Path:
+    """Draw the figure of one experiment of distillation into `folder`."""
+    from matplotlib.figure import Figure
+
+    height = 2.6 * len(found) + 0.4 if name == "start" else 3.0
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    EXPERIMENTS[name](figure, found)
+    return _save(figure, folder / f"{name}.png")
+
+
+def _save(figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
 
@@ -195,12 +332,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise ValueError("expected matplotlib: pip install matplotlib") from error
     found = [name for name in FIGURES if (args.results / f"{name}.json").is_file()]
-    if not found:
-        wanted = ", ".join(f"{name}.json" for name in FIGURES)
+    experiments = find_experiments(args.results)
+    if not found and not experiments:
+        wanted = ", ".join([f"{name}.json" for name in FIGURES] + ["distillation-*-cuda.json"])
         raise ValueError(f"expected one of {wanted} in {args.results}, found none")
     for name in found:
         results = json.loads((args.results / f"{name}.json").read_text())
         print(draw(name, results, args.images))
+    for name, of_teachers in experiments.items():
+        print(draw_experiment(name, of_teachers, args.images))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from gate import check_close, check_finite, check_operator
 from measuring import Timer, capturing_stream, input_sets, peak_memory
+from mixers import linear_attention
 from options import at_least, parser, prepare, run_script, size
 from report import number, show, table, write_results
 from rich.table import Table
@@ -49,10 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class LinearAttention(nn.Module):
-    """Multi-head linear attention with the feature map elu + 1, of which softmax has none::
-
-    phi(q) (phi(k)^T v) / (phi(q) sum over the tokens of phi(k))
-    """
+    """Multi-head linear attention with random weights."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -68,10 +66,7 @@ class LinearAttention(nn.Module):
             project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        mixed = q @ (k.transpose(-1, -2) @ v)
-        total = q @ k.sum(dim=-2).unsqueeze(-1)
-        return self.to_out((mixed / total).transpose(1, 2).flatten(2))
+        return self.to_out(linear_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def softmax_layer(channels: int) -> Attention:

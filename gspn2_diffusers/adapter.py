@@ -61,8 +61,13 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
         config: GSPN2Config,
         sites: Selection | None = None,
         keep_attention: Selection | None = None,
+        inherit: bool = True,
     ) -> "GSPN2Adapter":
         """Fresh blocks for a model, which inherit from its attention layers what they can.
+
+        Args:
+            pipe_or_model, config, sites, keep_attention: as in :func:`apply_gspn2`.
+            inherit: False starts from random projections, for comparison.
 
         Raises:
             TypeError, ValueError: unsupported model, selection that matches nothing, or a config
@@ -71,8 +76,9 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
         model = find_denoiser(pipe_or_model)
         chosen = select_sites(model, sites, keep_attention)
         adapter = cls(type(model).__name__, _layers(chosen), config.to_dict())
-        for name, block in adapter.blocks_by_site().items():
-            block.inherit(model.get_submodule(name))
+        if inherit:
+            for name, block in adapter.blocks_by_site().items():
+                block.inherit(model.get_submodule(name))
         return adapter
 
     @classmethod

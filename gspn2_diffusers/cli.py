@@ -33,6 +33,15 @@ class BackendName(str, Enum):
     torch = "torch"
 
 
+class MetricName(str, Enum):
+    """`gspn2_diffusers.evaluation.METRICS`, without importing torch."""
+
+    kd = "kd"
+    attributes = "attributes"
+    fid = "fid"
+    clip = "clip"
+
+
 Model = Annotated[str, typer.Argument(help="Pipeline: a folder, or a hub id.", show_default=False)]
 Weights = Annotated[
     str | None, typer.Option(help="GSPN-2 weights: a folder or a hub id.", show_default=False)
@@ -177,6 +186,98 @@ def generate(
 
 @app.command(
     epilog=_examples(
+        "gspn2 evaluate ./my-pipeline --weights ./a --weights ./b -p 'a lake'",
+        "gspn2 evaluate owner/model --prompts captions.txt --resolution 1024",
+        "gspn2 evaluate ./my-pipeline -p 'a hill' --metric kd --metric clip",
+    )
+)
+def evaluate(
+    model: Model,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GSPN-2 weights: a folder or a hub id. May be repeated.", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="May be repeated.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file of further prompts, one per line.", show_default=False),
+    ] = None,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Side of square images in pixels. May be repeated.",
+            show_default="the model's",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    metric: Annotated[
+        list[MetricName] | None,
+        typer.Option(help="May be repeated.", show_default="kd; for Tiny Scenes attributes, too"),
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=2, help="Tiny Scenes that attributes draws.")] = 64,
+    real_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images that FID compares with.", show_default="the teacher's images"
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = BackendName.auto,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path(
+        "outputs/evaluation"
+    ),
+) -> None:
+    """Measure a pipeline with softmax attention, the teacher, and with GSPN-2 weights.
+
+    Prints a table; writes results.json and one sheet of images per size.
+    """
+    texts = _read_prompts(prompt, prompts)
+    sidecars = _name_sidecars(weights or [])
+    terminal.quiet_libraries()
+    from gspn2_diffusers import evaluation
+    from gspn2_diffusers.pipelines import load_pipeline
+
+    pipe = load_pipeline(model, dtype=dtype, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    metrics = [name.value for name in metric or ()] or evaluation.default_metrics(pipe)
+    settings = {
+        "prompts": texts,
+        "resolutions": resolution or [None],
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "metrics": list(dict.fromkeys(metrics)),
+        "scenes": scenes,
+        "real_images": real_images,
+        "batch_size": batch_size,
+        "seed": seed,
+        "backend": backend.value,
+    }
+    with terminal.progress_bar() as bar:
+        rows = evaluation.evaluate(
+            pipe, sidecars, **settings, output=output, progress=_TaskPerName(bar)
+        )
+    terminal.stdout.print(terminal.evaluation_table(rows, settings["metrics"]))
+    for note in terminal.evaluation_notes(rows):
+        terminal.stdout.print(note, markup=False)
+    settings |= {"model": model, "weights": sidecars, "dtype": str(pipe.dtype)}
+    path = evaluation.write_results(output / "results.json", rows, pipe.device, settings)
+    for size in settings["resolutions"]:
+        terminal.print_line(str(evaluation.sheet_path(output, size)))
+    terminal.print_line(str(path))
+
+
+@app.command(
+    epilog=_examples(
         "gspn2 info ./my-pipeline",
         "gspn2 info owner/model --height 832 --width 1216",
     )
@@ -218,6 +319,29 @@ class _TaskPerName:
         if name not in self.tasks:
             self.tasks[name] = self.bar.add_task(name, total=total)
         self.bar.update(self.tasks[name], completed=done)
+
+
+def _read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    prompts = list(given or [])
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts: expected a text file, got {file}: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("expected at least one prompt by --prompt or --prompts, got none")
+    return prompts
+
+
+def _name_sidecars(weights: list[str]) -> dict[str, str]:
+    """Weights by the last part of their path, or by all of it where these are alike."""
+    if len(set(weights)) != len(weights):
+        raise ValueError("--weights: expected different weights, got the same ones twice")
+    names = [Path(place).name or place for place in weights]
+    if len(set(names)) != len(names):
+        names = weights
+    return dict(zip(names, weights, strict=True))
 
 
 def _file_name(index: int, prompt: str) -> str:

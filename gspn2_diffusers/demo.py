@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
 from gspn2_diffusers import apply_gspn2
 from gspn2_diffusers.comparison import draw_comparison
@@ -21,8 +20,7 @@ from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.shipped import shipped_folder
 
 if TYPE_CHECKING:
-    from gspn2_diffusers.tiny_scenes.probe import Probe
-    from gspn2_diffusers.tiny_scenes.scenes import Scenes
+    from gspn2_diffusers.tiny_scenes.score import Exam
 
 SOFTMAX = "softmax self-attention"
 GSPN2 = "GSPN-2"
@@ -159,56 +157,32 @@ def _generate(
         return pipe.image_processor.postprocess(decoded, output_type="pil")
 
 
-@dataclass
-class _Exam:
-    """What both runs are scored on: a probe, scenes, and the probe's features of their pictures."""
+def _prepare_exam(pipe: DiffusionPipeline, scenes: int, seed: int) -> Exam:
+    """What both runs are scored on."""
+    from gspn2_diffusers.tiny_scenes.score import prepare_exam
 
-    probe: Probe
-    scenes: Scenes
-    reference: Tensor
-    seed: int
-
-
-def _prepare_exam(pipe: DiffusionPipeline, scenes: int, seed: int) -> _Exam:
-    from gspn2_diffusers.tiny_scenes.data import Renderer, held_out_scenes
-    from gspn2_diffusers.tiny_scenes.probe import Probe
-    from gspn2_diffusers.tiny_scenes.score import render_features
-
-    probe = Probe.from_pretrained(shipped_folder("probe")).to(pipe.device).eval()
-    drawn = held_out_scenes(scenes, seed)
-    renderer = Renderer(pipe.vae.config.sample_size, pipe.device)
-    return _Exam(probe, drawn, render_features(probe, drawn, renderer, SCORE_BATCH), seed)
+    probe = shipped_folder("probe")
+    return prepare_exam(pipe.device, scenes, seed, batch_size=SCORE_BATCH, probe=probe)
 
 
 def _score(
     pipe: DiffusionPipeline,
     name: str,
-    exam: _Exam,
+    exam: Exam,
     steps: int,
     guidance_scale: float,
     progress: Progress | None,
 ) -> dict:
     """What `tiny_scenes.score.score` says of the pipeline."""
-    from gspn2_diffusers.tiny_scenes.score import score
-
-    done = 0
-
-    def count(images: int) -> None:
-        nonlocal done
-        done += images
-        if progress is not None:
-            progress(f"scoring {name}", done, len(exam.scenes))
+    from gspn2_diffusers.tiny_scenes.score import count_images, score
 
     return score(
         pipe,
-        exam.probe,
-        exam.scenes,
+        exam,
         steps=steps,
         guidance_scale=guidance_scale,
         batch_size=SCORE_BATCH,
-        seed=exam.seed,
-        reference=exam.reference,
-        progress=count,
+        progress=count_images(f"scoring {name}", exam, progress),
     )
 
 

@@ -109,8 +109,18 @@ def softmax_attention(pipe_or_model: DiffusionPipeline | nn.Module) -> Iterator[
     Raises:
         ValueError: the attention of a patched layer was dropped.
     """
-    model = find_denoiser(pipe_or_model)
-    layers = [attn for _, _, attn in walk_sites(model) if is_patched(attn) and attn.gspn2_enabled]
+    with softmax_in(attn for _, _, attn in walk_sites(find_denoiser(pipe_or_model))):
+        yield
+
+
+@contextmanager
+def softmax_in(layers: Iterable[Attention]) -> Iterator[None]:
+    """:func:`softmax_attention` for those of these layers that are patched.
+
+    Raises:
+        ValueError: the attention of a patched layer was dropped.
+    """
+    layers = [attn for attn in layers if is_patched(attn) and attn.gspn2_enabled]
     if not all(map(_has_own_attention, layers)):
         raise ValueError("expected the layers' own attention, but it was dropped from this model")
     for attn in layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from gspn2_diffusers.demo import StageTimes
     from gspn2_diffusers.doctor import Finding
+    from gspn2_diffusers.evaluation import EvaluationRow
     from gspn2_diffusers.sites import Site
 
 stdout = Console(highlight=False)
@@ -93,6 +94,52 @@ def scores_table(scores: Mapping[str, Mapping]) -> Table:
         table.add_row(label, *(f"{100 * run[key]:.1f}" for run in scores.values()))
     table.add_row("Fréchet distance", *(f"{run['frechet']:.3g}" for run in scores.values()))
     return table
+
+
+def evaluation_table(rows: Sequence[EvaluationRow], metrics: Sequence[str]) -> Table:
+    """One row per contestant and size, a section per size; "-" is what could not be measured."""
+    table = Table(
+        title="Teacher and students", title_justify="left", padding=(0, 1, 0, 0), box=None
+    )
+    table.add_column("size", no_wrap=True)
+    table.add_column("attention", overflow="fold")
+    columns = [column for metric in metrics for column in _EVALUATION_COLUMNS[metric]]
+    for heading in ("s/image", *(heading for heading, _ in columns)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        if index and row.resolution != rows[index - 1].resolution:
+            table.add_row()
+        height, width = row.size
+        cells = (read(row) for _, read in columns)
+        table.add_row(f"{width}x{height}", escape(row.name), f"{row.seconds_per_image:.3g}", *cells)
+    return table
+
+
+def evaluation_notes(rows: Sequence[EvaluationRow]) -> list[str]:
+    """What the rows note about their metrics, each note once."""
+    notes = (f"{metric}: {note}" for row in rows for metric, note in row.notes.items())
+    return list(dict.fromkeys(notes))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _share(name: str) -> Callable[[EvaluationRow], str]:
+    return lambda row: f"{100 * row.attributes[name]:.1f}" if row.attributes else "-"
+
+
+# Metric -> headings of its columns and how to read their cells; together they fit 80 columns.
+_EVALUATION_COLUMNS: dict[str, tuple[tuple[str, Callable[[EvaluationRow], str]], ...]] = {
+    "kd": (("KD error", lambda row: _number(row.kd and row.kd.total)),),
+    "attributes": (
+        ("right %", _share("mean_accuracy")),
+        ("all %", _share("all_right")),
+        ("Fréchet", lambda row: _number(row.attributes and row.attributes["frechet"])),
+    ),
+    "fid": (("FID", lambda row: _number(row.fid)),),
+    "clip": (("CLIP", lambda row: _number(row.clip)),),
+}
 
 
 def sites_table(sites: Sequence[Site]) -> Table:

@@ -27,6 +27,7 @@ def generate_images(
 
     Args:
         steps, guidance_scale, height, width: None leaves them to the pipeline; sizes in pixels.
+            Pipelines that would round a size to one of their own (PixArt) are told not to.
         progress: called with (done, expected), in steps or in images, over all prompts.
 
     Raises:
@@ -42,6 +43,8 @@ def generate_images(
         "width": width,
     }
     options = {name: value for name, value in options.items() if value is not None}
+    if {"height", "width"} & options.keys() and "use_resolution_binning" in accepted:
+        options["use_resolution_binning"] = False
     images = []
     for index, prompt in enumerate(prompts):
         # Some pipelines, PixArt among them, have no such callback: their progress is by image.

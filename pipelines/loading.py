@@ -18,6 +18,7 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    **from_pretrained: object,
 ) -> DiffusionPipeline:
     """Load a pipeline, put it on a device and apply GSPN-2 weights to it if any are named.
 
@@ -27,6 +28,8 @@ def load_pipeline(
         dtype: of all models in the pipeline; None picks by device, see `default_dtype`.
         device: None picks the first of cuda, mps and cpu that is there.
         backend: of the GSPN-2 scan if weights are named, see `apply_gspn2`.
+        from_pretrained: further keywords of ``DiffusionPipeline.from_pretrained``, such as
+            ``revision`` and ``variant``.
 
     Raises:
         ValueError: a folder that does not exist or holds no pipeline, an unknown dtype, device
@@ -37,7 +40,7 @@ def load_pipeline(
     dtype = resolve_dtype(dtype, device)
     source = resolve_model(model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **from_pretrained)
     except OSError as error:
         raise OSError(load_failure(source, error)) from error
     if weights is not None:

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
+from tiny_models import tiny_unet
+from torch.nn.functional import elu
 
-from gspn2_diffusers import gspn2_scan
+from gspn2_diffusers import gspn2_scan, gspn2_sites
+from gspn2_diffusers.pipelines.loading import load_pipeline
+from gspn2_diffusers.tiny_scenes.models import WEIGHTS, assemble_pipeline, build_pixart, build_unet
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -189,7 +194,9 @@ def test_an_error_is_one_line():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["scan", "layer", "unet", "figures"])
+@pytest.mark.parametrize(
+    "script", ["scan", "layer", "unet", "distillation", "training_speed", "figures"]
+)
 def test_every_script_explains_its_options(script, load, capsys):
     with pytest.raises(SystemExit, match="0"):
         load(script).main(["--help"])
@@ -336,3 +343,194 @@ def test_figures_are_drawn_from_results(load, tmp_path):
     (tmp_path / "layer-cuda.json").write_text(json.dumps(results))
     figures.main(["--results", str(tmp_path), "--images", str(tmp_path / "images")])
     assert (tmp_path / "images" / "layer.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    return Attention(query_dim=24, heads=3, dim_head=8, bias=True).double()
+
+
+def test_linear_attention_is_the_formula_with_the_weights_of_the_layer(load, attention):
+    tokens = torch.randn(2, 35, 24, dtype=torch.float64)
+    mixer = load("mixers").LinearAttention(attention)
+    q, k, v = (
+        project(tokens).unflatten(-1, (3, 8)).transpose(1, 2)
+        for project in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    affinity = (elu(q) + 1) @ (elu(k) + 1).mT
+    mixed = affinity / affinity.sum(-1, keepdim=True) @ v
+    expected = attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixer(tokens), expected)
+    with torch.no_grad():
+        mixer.to_q.weight.zero_()
+    assert attention.to_q.weight.abs().max() > 0  # a copy
+
+
+def test_mean_only_is_the_layer_where_its_attention_is_uniform(load, attention):
+    tokens = torch.randn(2, 35, 24, dtype=torch.float64)
+    torch.nn.init.zeros_(attention.to_q.weight)
+    torch.nn.init.zeros_(attention.to_q.bias)
+    # The block computes in float32 what it inherits.
+    found = load("mixers").MeanOnly(attention).double()(tokens)
+    torch.testing.assert_close(found, attention(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "per_layer"), [("linear attention", 8), ("mean only", 2)])
+def test_only_mixers_are_trained_and_all_of_them(name, per_layer, load):
+    mixers = load("mixers")
+    model = tiny_unet().requires_grad_(False)
+    own = mixers.put_mixers(model, mixers.MIXERS[name])
+    assert len(own) == len(gspn2_sites(model)) == len(mixers.patched_layers(model))
+    inputs = load("models").random_inputs(model, 2, 8, 8)
+    model(**inputs).sample.square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for mixer in own for p in mixer.parameters()}
+    # A self-attention of diffusers has no biases at its inputs.
+    assert len(trained) == len(own) * (per_layer - 3 if name == "linear attention" else per_layer)
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained)
+
+
+def test_dropped_layers_write_zeros_and_may_let_gradients_pass(load, unet):
+    mixers = load("mixers")
+    model = tiny_unet().requires_grad_(False)
+    inputs = load("models").random_inputs(model, 1, 8, 12)
+    with unet.no_self_attention(model):
+        expected = model(**inputs).sample
+    dropped = mixers.put_mixers(model, mixers.Dropped)
+    assert not [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(model(**inputs).sample, expected)
+    biased = [mixers.Dropped(layer, bias=True) for layer in mixers.patched_layers(model)]
+    with mixers.swapped(model, biased):
+        output = model(**inputs).sample
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    assert all(mixer.bias.grad is not None for mixer in biased)
+    assert [layer.gspn2 for layer in mixers.patched_layers(model)] == dropped
+
+
+@pytest.fixture(scope="module")
+def small_teacher(tmp_path_factory):
+    """The shipped pipeline for pictures of 64 x 64."""
+    folder = tmp_path_factory.mktemp("teacher")
+    pipe = load_pipeline(WEIGHTS / "pipeline", dtype="float32", device="cpu")
+    unet = build_unet(64)
+    unet.load_state_dict(pipe.unet.state_dict())
+    assemble_pipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, unet).save_pretrained(folder)
+    return folder
+
+
+QUICK = ("--scenes", 8, "--batch_size", 2)
+QUICK_RUNS = (
+    "--teacher_forcing_steps", 2, "--end_to_end_steps", 2, "--validation_steps", 2,
+    "--held_out", 2, "--num_inference_steps", 2, "--layer_channels", 64, "--layer_grid", 6,
+)  # fmt: skip
+
+
+def test_distillation_measures_every_run_of_the_table(small_teacher, results_of, tmp_path):
+    folders = ("--teacher", small_teacher, "--cache", tmp_path / "cache")
+    options = (*folders, *QUICK, *QUICK_RUNS, "--score_scenes", 2)
+    results, printed = results_of("distillation", *options)
+    rows = {row["run"]: row for row in results["rows"]}
+    names = ["teacher", "gspn2", "gspn2 hybrid", "linear attention", "dropped", "mean only"]
+    assert list(rows) == names
+    assert results["arguments"]["teacher"] == small_teacher.name  # not where it lies
+    for name, row in rows.items():
+        assert "error" not in row and f"table, {name}: output error" in printed
+        assert row["scores"].keys() == {"64", "128"}
+        assert all(found["scenes"] == 2 for found in row["scores"].values())
+    for name in ("gspn2", "gspn2 hybrid", "linear attention", "mean only"):
+        course = rows[name]["curve"]
+        assert [(point["step"], point["stage"]) for point in course] == [
+            (0, "teacher_forcing"), (2, "teacher_forcing"), (4, "end_to_end")
+        ]  # fmt: skip
+        assert 0 < course[1]["seconds"] < course[2]["seconds"] == rows[name]["seconds"]
+        assert course[2]["output_error"] == rows[name]["output_error"] > 0
+    assert rows["gspn2 hybrid"]["replaced_layers"] < rows["gspn2"]["replaced_layers"] == 13
+    assert rows["dropped"]["trained_parameters"] == 0
+
+
+def test_what_failed_or_is_missing_runs_again_on_resume(small_teacher, load, results_of, tmp_path):
+    distillation = load("distillation")
+    folders = ("--teacher", small_teacher, "--cache", tmp_path / "cache")
+    options = (*folders, *QUICK, *QUICK_RUNS, "--score_scenes", 0, "--experiment", "losses")
+    with pytest.MonkeyPatch.context() as patch:
+        train, failing = distillation.Course._train, distillation.LossWeights(layer=0, block=0)
+
+        def fail(self):
+            if self.recipe.weights == failing:
+                raise RuntimeError("out of memory")
+            return train(self)
+
+        patch.setattr(distillation.Course, "_train", fail)
+        names = ("--runs", "output", "output + layer")
+        results, printed = results_of("distillation", *options, *names)
+    found = {row["run"]: row.get("error") for row in results["rows"]}
+    assert found == {"output": "RuntimeError: out of memory", "output + layer": None}
+    assert "losses, output: RuntimeError: out of memory" in printed
+
+    resumed, printed = results_of("distillation", *options, "--runs", "output", "--resume")
+    assert [row["run"] for row in resumed["rows"]] == ["output", "output + layer"]
+    assert resumed["rows"][1] == results["rows"][1] and "error" not in resumed["rows"][0]
+    assert "losses, output + layer:" not in printed
+    with pytest.raises(ValueError, match="--resume: expected the settings of result.json"):
+        results_of("distillation", *options, "--resume", "--learning_rate", 1e-2)
+
+
+def test_equal_runs_of_several_experiments_are_trained_once_and_stages_take_equal_time(load):
+    distillation = load("distillation")
+    plans = {name: distillation.plan(name, (100, 200), 4.0) for name in distillation.EXPERIMENTS}
+    default = plans["table"]["gspn2"]
+    same = {"ratio": "C/P = 4", "start": "inherited", "stages": "both"}
+    same["losses"] = "output + layer + block"
+    assert all(plans[experiment][name] == default for experiment, name in same.items())
+    steps = {name: recipe.steps for name, recipe in plans["stages"].items()}
+    assert steps == {"both": (100, 200), "teacher forcing": (900, 0), "end to end": (0, 225)}
+
+
+def test_a_hybrid_keeps_the_lowest_resolution_or_every_fourth_layer(load):
+    kept_layers = load("distillation").kept_layers
+    unet, pixart = build_unet(64), build_pixart(64)
+    assert {site.grid for site in gspn2_sites(unet) if site.name in kept_layers(unet)} == {(2, 2)}
+    assert kept_layers(pixart) == [f"transformer_blocks.{i}.attn1" for i in (3, 7)]
+
+
+def test_training_speed_compares_steps_with_the_floor(results_of):
+    results, _ = results_of("training_speed", "--model", "tiny", "--size", 64)
+    assert [(row["step"], row["checkpointing"]) for row in results["rows"]] == [
+        (step, checkpointing)
+        for checkpointing in (False, True)
+        for step in ("end to end", "teacher forcing", "floor")
+    ]
+    for row, floor in zip(results["rows"], [2, 2, 2, 5, 5, 5], strict=True):
+        assert row["over_floor"] == pytest.approx(row["ms"] / results["rows"][floor]["ms"])
+
+
+def test_training_speed_counts_images_of_both_stages(small_teacher, results_of, tmp_path):
+    folders = ("--tiny", small_teacher, "--cache", tmp_path / "cache")
+    results, _ = results_of("training_speed", *folders, *QUICK, "--steps", 20)
+    assert [row["stage"] for row in results["rows"]] == ["teacher_forcing", "end_to_end"]
+    assert all(row["images_per_second"] > 0 and row["images"] == 2 for row in results["rows"])
+
+
+def test_figures_of_distillation_are_drawn_for_every_teacher(load, tmp_path):
+    pytest.importorskip("matplotlib")
+    figures, distillation = load("figures"), load("distillation")
+    about = {"device": "GPU", "torch": "2", "date": "2026-01-02T03:04:05"}
+    arguments = {"dtype": "bfloat16", "layer_channels": 640, "layer_grid": 128}
+    course = [{"step": s, "seconds": s / 10, "output_error": 1 / s, "layer_error": 2 / s}
+              for s in (1, 2)]  # fmt: skip
+    for teacher in ("unet", "pixart"):
+        rows = [
+            distillation.make_row(experiment, name, recipe, {
+                "curve": course, "output_error": 0.5, "scores": {"256": {"mean_accuracy": 0.9}},
+            }, {recipe.block: 1.0})
+            for experiment in distillation.EXPERIMENTS
+            for name, recipe in distillation.plan(experiment, (1, 1), 1.0).items()
+        ]  # fmt: skip
+        rows.append({"experiment": "start", "run": "failed", "error": "out of memory"})
+        results = {"environment": about, "arguments": arguments, "rows": rows}
+        file = tmp_path / f"distillation-{teacher}-table-ratio-cuda.json"
+        file.write_text(json.dumps(results, default=str))
+    figures.main(["--results", str(tmp_path), "--images", str(tmp_path / "images")])
+    assert {path.stem for path in (tmp_path / "images").iterdir()} == {"ratio", "stages", "start"}

@@ -1,5 +1,6 @@
 """The command line, called as its console script calls it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 import transformers
 from PIL import Image, ImageChops
 
-from gspn2_diffusers import cli, doctor
+from gspn2_diffusers import cli, doctor, evaluation
 from gspn2_diffusers.doctor import Finding
 from gspn2_diffusers.kernels.backends import BACKENDS
 
-COMMANDS = ("demo", "generate", "info", "doctor")
+COMMANDS = ("demo", "generate", "evaluate", "info", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,14 @@ def test_help_has_an_example_and_fits_80_columns(command, capsys):
     out = capsys.readouterr().out
     assert f"gspn2 {command}" in out.partition("Examples")[2]
     assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_docs_show_the_help_as_it_is_printed(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.strip("\n").splitlines()]
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert "\n".join(printed).strip("\n") in page
 
 
 def test_no_arguments_print_the_help(capsys):
@@ -103,6 +112,54 @@ def test_generate_with_gspn2_obeys_the_backend(sd_folder, gspn2_folder, tmp_path
 
 def test_the_backends_of_the_command_line_are_those_of_the_operator():
     assert tuple(name.value for name in cli.BackendName) == BACKENDS
+
+
+def test_the_metrics_of_the_command_line_are_those_of_evaluate():
+    assert tuple(name.value for name in cli.MetricName) == evaluation.METRICS
+
+
+def test_evaluate_prints_a_table_and_writes_results_and_sheets(
+    sd_folder, gspn2_folder, tmp_path, capsys
+):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a ball\n\n  a cone  \n")
+    arguments = ["evaluate", sd_folder, "--weights", gspn2_folder, "-p", "a cube"]
+    options = ["--prompts", str(prompts), "--resolution", "32", "--resolution", "48"]
+    output = tmp_path / "new"
+    assert cli.main([*arguments, *options, "--steps", "2", "-o", str(output)]) == 0
+    out, err = capsys.readouterr()
+    *table, first, second, results = out.splitlines()
+    assert err == "" and max(map(len, table)) <= 80
+    assert "KD error" in out and "right %" not in out and "FID" not in out
+    assert sum("softmax attention" in line for line in table) == 2
+    assert sum(Path(gspn2_folder).name in line for line in table) == 2
+    assert [Path(first).name, Path(second).name] == ["images-32.png", "images-48.png"]
+    assert Image.open(first).width < Image.open(second).width
+    content = json.loads(Path(results).read_text())
+    assert content["settings"]["prompts"] == ["a cube", "a ball", "a cone"]
+    assert content["settings"]["weights"] == {Path(gspn2_folder).name: gspn2_folder}
+    assert content["settings"]["model"] == sd_folder and content["settings"]["seed"] == 0
+    assert [row["resolution"] for row in content["rows"]] == [32, 32, 48, 48]
+
+
+def test_evaluate_with_every_metric_fits_80_columns_and_says_what_is_missing(
+    sd_folder, gspn2_folder, tmp_path, capsys
+):
+    metrics = [word for name in evaluation.METRICS for word in ("--metric", name)]
+    arguments = ["evaluate", sd_folder, "--weights", gspn2_folder, "-p", "x", "--steps", "1"]
+    assert cli.main([*arguments, *metrics, "--scenes", "2", "-o", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-2])) <= 80
+    for heading in ("s/image", "KD error", "right %", "all %", "Fréchet", "FID", "CLIP"):
+        assert heading in lines[1]
+    assert lines[2].split()[-2:] == ["-", "-"]
+    assert any(line.startswith("fid: ") for line in lines)
+    assert any(line.startswith("clip: ") for line in lines)
+
+
+def test_weights_are_named_by_their_folder_unless_two_are_alike():
+    assert cli._name_sidecars(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert cli._name_sidecars(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
 
 
 def test_info_lists_every_site_on_one_line_with_the_grid_at_that_size(sd_folder, capsys):
@@ -191,6 +248,12 @@ def test_doctor_misses_a_compiler_that_cupy_cannot_load(obstacle, doctor_on_cuda
         (["generate", "{sd}", "-p", "x", "--backend", "triton"], 2, "'triton'"),
         (["generate", "{sd}", "-p", "x", "--weights", "{empty}"], 2, "{empty}"),
         (["generate", "owner/model", "-p", "x"], 1, "HF_HUB_OFFLINE"),
+        (["evaluate", "{sd}"], 2, "--prompt or --prompts"),
+        (["evaluate", "{sd}", "--prompts", "{empty}/none.txt"], 2, "none.txt"),
+        (["evaluate", "{sd}", "-p", "x", "--metric", "ssim"], 2, "'ssim'"),
+        (["evaluate", "{sd}", "-p", "x", "--weights", "{empty}"], 2, "{empty}"),
+        (["evaluate", "{sd}", "-p", "x", "--weights", "a", "--weights", "a"], 2, "twice"),
+        (["evaluate", "{sd}", "-p", "x", "--real-images", "{empty}"], 2, "at least 2 images"),
         (["info", "owner/model"], 1, "HF_HUB_OFFLINE"),
         (["info", "/no/such/folder"], 2, "/no/such/folder does not exist"),
         (["info", "{empty}"], 2, "model_index.json"),

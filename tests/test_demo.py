@@ -48,6 +48,17 @@ def test_demo_counts_every_step_of_both_runs(tmp_path):
     assert calls == [(SOFTMAX, 1, 2), (SOFTMAX, 2, 2), (GSPN2, 1, 2), (GSPN2, 2, 2)]
 
 
+def test_demo_scores_both_runs_on_the_same_exam_and_counts_its_scenes(tmp_path):
+    calls = []
+    result = run_demo(
+        tmp_path, ["a cube"], steps=1, score_scenes=2, progress=lambda *call: calls.append(call)
+    )
+    assert list(result.scores) == [SOFTMAX, GSPN2]
+    assert all(scores["scenes"] == 2 for scores in result.scores.values())
+    scored = [call for call in calls if call[0].startswith("scoring")]
+    assert scored == [(f"scoring {name}", 2, 2) for name in (SOFTMAX, GSPN2)]
+
+
 def test_demo_times_add_up(tmp_path):
     for times in run_demo(tmp_path, ["a cube"], steps=2).times.values():
         assert min(times.load, times.text, times.denoise, times.decode) > 0

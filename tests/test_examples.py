@@ -22,3 +22,15 @@ def test_patch_pipeline_draws_with_a_pipeline_that_was_saved_in_half_precision(t
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(output).size == (256, 256)
+
+
+def test_evaluate_prints_the_table_and_writes_the_results(sd_folder, gspn2_folder, tmp_path):
+    command = [sys.executable, EXAMPLES / "evaluate.py", sd_folder, "a cube", "a ball"]
+    options = ["--weights", gspn2_folder, "--resolution", "48", "--steps", "2"]
+    done = subprocess.run(
+        [*map(str, command), *options, "--output", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "KD error" in done.stdout and "softmax attention" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "results.json")
+    assert (tmp_path / "results.json").is_file() and (tmp_path / "images-48.png").is_file()

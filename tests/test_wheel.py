@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "examples" / "tiny_scenes" / "weights"
 PACKAGES = {
     "gspn2_diffusers": ROOT / "gspn2_diffusers",
+    "gspn2_diffusers.distillation": ROOT / "gspn2_diffusers" / "distillation",
     "gspn2_diffusers.kernels": ROOT / "kernels",
     "gspn2_diffusers.pipelines": ROOT / "pipelines",
     "gspn2_diffusers.tiny_scenes": ROOT / "examples" / "tiny_scenes",
@@ -29,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for folder in PACKAGES.values():
-        shutil.copytree(folder, source / folder.relative_to(ROOT))
+        shutil.copytree(folder, source / folder.relative_to(ROOT), dirs_exist_ok=True)
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source)
     (built,) = folder.glob("*.whl")

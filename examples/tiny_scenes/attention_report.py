@@ -1,10 +1,12 @@
 """How much a denoiser needs its self-attention: entropy, share between tokens, mean ablation.
 
-Self-attention layers are the modules named ``attn1`` of ``pipe.unet``.
+Self-attention layers are the denoiser's modules named ``attn1``, as every supported family calls
+them.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,23 +16,29 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from gspn2_diffusers.families import find_denoiser
+
 _IMAGES_FOR_ENTROPY = 8
 
 
 def self_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's self-attention layers by name; raises ValueError without any."""
+    """The denoiser's self-attention layers by name; raises ValueError without any."""
     found = {name: m for name, m in model.named_modules() if name.split(".")[-1] == "attn1"}
     if not found:
         raise ValueError(
-            f"expected self-attention layers named attn1, received {type(model).__name__} without"
+            f"expected self-attention layers named attn1, got {type(model).__name__} without"
         )
     return found
 
 
 @contextmanager
-def mean_ablation(model: nn.Module) -> Iterator[None]:
-    """While open, every self-attention gives the mean of its output over the tokens."""
-    handles = [m.register_forward_hook(_to_mean) for m in self_attentions(model).values()]
+def mean_ablation(pipe_or_model: DiffusionPipeline | nn.Module) -> Iterator[None]:
+    """While open, every self-attention gives the mean of its output over the tokens.
+
+    Raises ValueError for an unsupported model and without any self-attention.
+    """
+    layers = self_attentions(find_denoiser(pipe_or_model)).values()
+    handles = [layer.register_forward_hook(_to_mean) for layer in layers]
     try:
         yield
     finally:
@@ -54,12 +62,14 @@ def attention_report(
 
     ``entropy``: entropy of a query's attention divided by that of uniform attention.
     ``between_tokens``: share of the variance of the layer's output that lies between the tokens of
-    an image, the rest being between images. Raises ValueError without any self-attention.
+    an image, the rest being between images. Raises ValueError for an unsupported pipeline and
+    without any self-attention.
     """
-    records = {name: _Record() for name in self_attentions(pipe.unet)}
+    layers = self_attentions(find_denoiser(pipe))
+    records = {name: _Record() for name in layers}
     handles = [
         layer.register_forward_hook(partial(_observe, records[name]), with_kwargs=True)
-        for name, layer in self_attentions(pipe.unet).items()
+        for name, layer in layers.items()
     ]
     try:
         with torch.no_grad():
@@ -69,16 +79,24 @@ def attention_report(
                 guidance_scale=guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="latent",
+                **literal_options(pipe),
             )
     finally:
         for handle in handles:
             handle.remove()
-    layers = {name: record.mean() for name, record in records.items()}
-    layers["mean"] = {
-        key: sum(layer[key] for layer in layers.values()) / len(layers)
+    report = {name: record.mean() for name, record in records.items()}
+    report["mean"] = {
+        key: sum(layer[key] for layer in report.values()) / len(report)
         for key in ("entropy", "between_tokens")
     }
-    return layers
+    return report
+
+
+def literal_options(pipe: DiffusionPipeline) -> dict[str, bool]:
+    """Options of a call that make PixArt draw the size it is asked for, and read prompts as they
+    are whether or not the packages that clean them are installed; others need none."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in accepted}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The parts of the Tiny Scenes pipeline, sized so that it fits into a package and runs on a CPU."""
+"""The parts of the Tiny Scenes pipelines, sized to fit into a package and to run on a CPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+)
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""Folder of the weights that ship with the package: ``pipeline``, ``probe`` and ``gspn2``."""
+"""Folder of the weights: two pipelines, ``pipeline`` (a UNet) and ``pixart``, their GSPN-2 weights,
+and the ``probe``."""
 
 VAE_DOWNSCALE = 8
 TEXT_WIDTH = 192
@@ -49,6 +65,30 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
     )
 
 
+def build_t5_encoder(tokenizer: PreTrainedTokenizerBase) -> T5EncoderModel:
+    """Text encoder of 2 M parameters for the tokenizer's vocabulary.
+
+    It knows relative positions only, so captions may be padded to any length: with the attention
+    mask the padding has no effect. No dropout, because no caption is seen often.
+    """
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            d_ff=4 * TEXT_WIDTH,
+            num_layers=4,
+            num_heads=TEXT_WIDTH // 32,
+            dropout_rate=0.0,
+            feed_forward_proj="relu",
+            is_encoder_decoder=False,
+            use_cache=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
 def build_unet(resolution: int = 256) -> UNet2DConditionModel:
     """Denoiser of 7.4 M parameters with self-attention at all three resolutions.
 
@@ -71,6 +111,43 @@ def build_unet(resolution: int = 256) -> UNet2DConditionModel:
         norm_num_groups=16,
         use_linear_projection=True,
     )
+
+
+def build_pixart(resolution: int = 256) -> PixArtTransformer2DModel:
+    """Denoiser of 7.0 M parameters: 11 transformer blocks on patches of 2 x 2 latent pixels.
+
+    It predicts no variance, and is not told the size of the picture, which only models for 1024
+    pixels are.
+    """
+    model = PixArtTransformer2DModel(
+        sample_size=resolution // VAE_DOWNSCALE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=11,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        cross_attention_dim=192,
+        caption_channels=TEXT_WIDTH,
+        attention_bias=True,
+        norm_type="ada_norm_single",
+        use_additional_conditions=False,
+    )
+    _initialise_pixart(model)
+    return model
+
+
+def _initialise_pixart(model: PixArtTransformer2DModel) -> None:
+    """Start as DiT's authors do, which diffusers leaves out: the first prediction is zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    embedder = model.adaln_single.emb.timestep_embedder
+    for layer in (embedder.linear_1, embedder.linear_2, model.adaln_single.linear):
+        nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -108,11 +185,30 @@ def assemble_pipeline(
     )
 
 
-def save_half(pipeline: StableDiffusionPipeline, folder: str | Path) -> None:
+def assemble_pixart_pipeline(
+    vae: AutoencoderKL,
+    text_encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    transformer: PixArtTransformer2DModel,
+) -> PixArtSigmaPipeline:
+    """A PixArt-Sigma pipeline of these parts.
+
+    Call it with ``use_resolution_binning=False`` for other sizes than the transformer's own, or it
+    draws the nearest of its fixed sizes and resizes the picture.
+    """
+    return PixArtSigmaPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=build_scheduler(),
+    )
+
+
+def save_half(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Save a float16 copy as safetensors; the pipeline itself keeps its dtype and device."""
-    parts = dict(pipeline.components)
-    for name in ("vae", "text_encoder", "unet"):
-        half = copy.deepcopy(parts[name]).cpu().half()
-        parts[name] = half.to(memory_format=torch.contiguous_format)
-    saved = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    saved = copy.deepcopy(pipeline)
+    for part in saved.components.values():
+        if isinstance(part, nn.Module):
+            part.cpu().half().to(memory_format=torch.contiguous_format)
     saved.save_pretrained(folder, safe_serialization=True)

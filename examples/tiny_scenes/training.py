@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +14,8 @@ from accelerate.utils import broadcast, set_seed
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid, numpy_to_pil
 from torch import Tensor, nn
+
+from gspn2_diffusers.distillation.checkpoints import choose_checkpoint, write_checkpoint
 
 from .data import Pool, PoolFeeder, Renderer, stream_scenes, stream_seed
 from .scenes import Scenes
@@ -208,11 +208,14 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write ``checkpoint-N`` and delete all but the newest checkpoints."""
-        folder = self.args.output_dir / f"checkpoint-{self.clock.step}"
-        self.accelerator.save_state(str(folder))
-        if self.accelerator.is_main_process:
-            for old in find_checkpoints(self.args.output_dir)[:-CHECKPOINTS_KEPT]:
-                shutil.rmtree(old)
+        write_checkpoint(
+            self.args.output_dir,
+            self.clock.step,
+            lambda folder: self.accelerator.save_state(str(folder)),
+            wait=self.accelerator.wait_for_everyone,
+            is_main=self.accelerator.is_main_process,
+            limit=CHECKPOINTS_KEPT,
+        )
 
     def _train_step(self, compute_loss: Callable[[], Tensor]) -> Tensor:
         factor = learning_rate_factor(
@@ -229,24 +232,13 @@ class Trainer:
         return loss.detach()
 
     def _resume(self, name: str) -> None:
-        folder = Path(name)
-        if name == "latest":
-            found = find_checkpoints(self.args.output_dir)
-            if not found:
-                self.accelerator.print(f"no checkpoint in {self.args.output_dir}: starting anew")
-                return
-            folder = found[-1]
-        if not folder.is_dir():
-            raise ValueError(f"expected a checkpoint folder or 'latest', received {name!r}")
+        folder = choose_checkpoint(self.args.output_dir, name)
+        if folder is None:
+            self.accelerator.print(f"no checkpoint in {self.args.output_dir}: starting anew")
+            return
         self.accelerator.load_state(str(folder))
         self.ema.to(self.accelerator.device)
         self.accelerator.print(f"resumed {folder} after {self.clock.elapsed:.0f} s")
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The ``checkpoint-N`` folders, the oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 class _Log:

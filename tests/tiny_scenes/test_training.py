@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PixArtSigmaPipeline, StableDiffusionPipeline
 from torch import nn
+from torch.nn import functional as F
 
+from gspn2_diffusers.distillation.checkpoints import find_checkpoints
+from gspn2_diffusers.pipelines import load_pipeline
 from gspn2_diffusers.tiny_scenes import train_pipeline, train_probe, train_vae
 from gspn2_diffusers.tiny_scenes.captions import caption
 from gspn2_diffusers.tiny_scenes.data import Pool, Renderer, stream_scenes, stream_seed, tokenize
-from gspn2_diffusers.tiny_scenes.models import (
-    build_scheduler,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-)
+from gspn2_diffusers.tiny_scenes.models import WEIGHTS, build_scheduler, build_vae, save_half
 from gspn2_diffusers.tiny_scenes.probe import Probe, perceptual_distance, probe_loss
 from gspn2_diffusers.tiny_scenes.scenes import ATTRIBUTES, sample_scenes
+from gspn2_diffusers.tiny_scenes.score import generate
 from gspn2_diffusers.tiny_scenes.tokenizer import build_tokenizer
-from gspn2_diffusers.tiny_scenes.training import Clock, find_checkpoints, learning_rate_factor
+from gspn2_diffusers.tiny_scenes.train_pipeline import DENOISERS, caption_mask
+from gspn2_diffusers.tiny_scenes.training import Clock, learning_rate_factor
 
 CPU = torch.device("cpu")
+PIPELINES = {"unet": StableDiffusionPipeline, "pixart": PixArtSigmaPipeline}
+every_kind = pytest.mark.parametrize("kind", DENOISERS)
 
 
 def test_pool_keeps_rows_of_its_columns_together_when_it_wraps():
@@ -162,14 +166,123 @@ def test_last_timestep_is_pure_noise():
     assert build_scheduler().alphas_cumprod[-1] == 0
 
 
-def test_parts_stay_small_enough_to_ship():
+@every_kind
+def test_parts_stay_small_enough_to_ship(kind):
     def millions(model):
         return sum(p.numel() for p in model.parameters()) / 1e6
 
-    unet = millions(build_unet())
-    rest = millions(build_text_encoder(build_tokenizer())) + millions(build_vae())
-    assert unet < 7.5  # one float16 file of 15 MB
-    assert unet + rest + millions(Probe()) < 12
+    model = DENOISERS[kind].build(256)
+    assert millions(model.denoiser) < 7.5  # one float16 file of 15 MB
+    assert millions(model) + millions(build_vae()) + millions(Probe()) < 12
+
+
+def text_and_noise(count=3):
+    """Noisy latents, timesteps and ids of the empty and of other captions."""
+    captions = ["", *caption(sample_scenes(count - 1, seed=0), seed=0)]
+    noisy = torch.randn(1, 4, 8, 8).expand(count, -1, -1, -1)
+    return captions, noisy, torch.full((count,), 500)
+
+
+@every_kind
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_every_parameter_gets_a_gradient_which_parallel_training_waits_for(kind, mixed_precision):
+    torch.manual_seed(0)
+    model = DENOISERS[kind].build(64)
+    captions, noisy, timesteps = text_and_noise()
+    with torch.autocast("cpu", torch.bfloat16, mixed_precision):
+        prediction = model(noisy, timesteps, tokenize(captions))
+    assert prediction.shape == noisy.shape
+    F.mse_loss(prediction.float(), torch.randn(noisy.shape)).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@every_kind
+def test_training_lowers_the_loss_of_a_single_batch(kind):
+    torch.manual_seed(0)
+    model = DENOISERS[kind].build(64)
+    captions, noisy, timesteps = text_and_noise()
+    ids, target = tokenize(captions), torch.randn(noisy.shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(model(noisy, timesteps, ids), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    # The latents are the same in every row: only the captions can tell the targets apart.
+    indistinct = F.mse_loss(target.mean(0, keepdim=True).expand_as(target), target)
+    assert losses[-1] < 0.8 * indistinct < losses[0]
+
+
+def test_mask_of_ids_is_the_mask_of_the_tokenizer():
+    tokenizer = build_tokenizer()
+    captions, _, _ = text_and_noise(20)
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    mask = caption_mask(tokens.input_ids, tokenizer.eos_token_id)
+    assert torch.equal(mask, tokens.attention_mask)
+
+
+@torch.no_grad()
+def test_pixart_predicts_the_same_however_far_captions_are_padded():
+    torch.manual_seed(0)
+    model = DENOISERS["pixart"].build(64).eval()
+    nn.init.normal_(model.denoiser.proj_out.weight, std=0.1)
+    captions, noisy, timesteps = text_and_noise()
+    trained = model(noisy, timesteps, tokenize(captions))
+    pipe = model.assemble(build_vae(64))
+    text, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    assert text.shape[1] == 300
+    drawn = pipe.transformer(
+        noisy, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=timesteps
+    ).sample
+    torch.testing.assert_close(drawn, trained, rtol=1e-4, atol=1e-5)
+    assert (trained[1:] - trained[:1]).abs().amax((1, 2, 3)).min() > 0.01  # captions do matter
+
+
+def test_pixart_reads_captions_as_they_are_even_where_it_cleans_them(monkeypatch):
+    module = sys.modules[PixArtSigmaPipeline.__module__]
+    for name in ("is_bs4_available", "is_ftfy_available"):
+        monkeypatch.setattr(module, name, lambda: True)
+    # Both packages leave plain words and commas alone.
+    soup = lambda text, features: SimpleNamespace(text=text)  # noqa: E731
+    monkeypatch.setattr(module, "BeautifulSoup", soup, raising=False)
+    monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    pipe = DENOISERS["pixart"].build(64).assemble(build_vae(64))
+    captions, _, _ = text_and_noise(500)
+    cleaned = pipe._text_preprocessing(captions, clean_caption=True)
+    assert torch.equal(tokenize(cleaned), tokenize(captions))
+
+
+@every_kind
+def test_a_saved_pipeline_is_of_its_class_and_training_can_start_from_it(kind, tmp_path):
+    torch.manual_seed(0)
+    model = DENOISERS[kind].build(64)
+    save_half(model.assemble(build_vae(64)), tmp_path / "saved")
+    assert next(model.denoiser.parameters()).dtype == torch.float32
+    loaded = load_pipeline(tmp_path / "saved", dtype="float32", device="cpu")
+    assert type(loaded) is PIPELINES[kind]
+    options = ["--denoiser", kind, "--pretrained_model_name_or_path", str(tmp_path / "saved")]
+    start = train_pipeline.build_denoiser(train_pipeline.parse_args(options))
+    assert start.denoiser.training and start.text_encoder.training
+    for name, parameter in start.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).half().float())
+    (other,) = DENOISERS.keys() - {kind}
+    options[1] = other
+    with pytest.raises(ValueError, match="expected a pipeline with a .* got one with a"):
+        train_pipeline.build_denoiser(train_pipeline.parse_args(options))
+
+
+def test_folders_go_by_the_denoiser_unless_they_are_named():
+    folders = {"unet": "pipeline", "pixart": "pixart"}
+    for kind, folder in folders.items():
+        args = train_pipeline.parse_args(["--denoiser", kind])
+        assert args.pipeline_dir == WEIGHTS / folder
+        assert args.output_dir == WEIGHTS / f"{folder}_run"
+    args = train_pipeline.parse_args(["--denoiser", "pixart", "--pipeline_dir", "elsewhere"])
+    assert str(args.pipeline_dir) == "elsewhere"
 
 
 def test_probe_loss_leaves_out_what_does_not_apply():
@@ -205,7 +318,8 @@ def test_gradient_distance_ignores_brightness_but_not_blur():
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """Probe, autoencoder and half of a pipeline run, at 64 pixels; returns folder and arguments."""
+    """Probe and autoencoder at 64 pixels; returns their folder and a function that runs a script
+    with it."""
     folder = tmp_path_factory.mktemp("run")
     common = (
         "--resolution 64 --supersample 1 --train_batch_size 2 --pool_size 8 --pool_batch_size 4 "
@@ -218,27 +332,29 @@ def small_run(tmp_path_factory):
 
     run(train_probe, "probe", "--max_train_steps 2")
     run(train_vae, "vae", f"--max_train_steps 2 --probe {folder / 'probe'}")
-    pipeline = (
-        f"--vae {folder / 'vae'} --probe {folder / 'probe'} --pipeline_dir {folder / 'pipeline'} "
-        "--num_inference_steps 2 --checkpointing_steps 2 "
+    return folder, run
+
+
+@every_kind
+def test_training_stops_early_resumes_and_saves_a_pipeline_that_loads(small_run, kind):
+    folder, run = small_run
+    options = (
+        f"--denoiser {kind} --vae {folder / 'vae'} --probe {folder / 'probe'} "
+        f"--pipeline_dir {folder / kind} --num_inference_steps 2 --checkpointing_steps 2 "
+        "--max_train_steps 4 "
     )
-    run(train_pipeline, "run", pipeline + "--max_train_steps 4 --stop_after_minutes 1e-9")
-    return folder, lambda extra: run(train_pipeline, "run", pipeline + extra)
 
+    def checkpoints():
+        return [path.name for path in find_checkpoints(folder / f"{kind}_run")]
 
-def checkpoint_names(folder):
-    return [path.name for path in find_checkpoints(folder / "run")]
-
-
-def test_training_stops_early_resumes_and_saves_a_pipeline_that_loads(small_run):
-    folder, resume = small_run
-    assert checkpoint_names(folder) == ["checkpoint-0"]
-    result = resume("--max_train_steps 4 --resume_from_checkpoint latest")
-    assert checkpoint_names(folder) == ["checkpoint-2", "checkpoint-4"]
+    run(train_pipeline, f"{kind}_run", options + "--stop_after_minutes 1e-9")
+    assert checkpoints() == ["checkpoint-0"]
+    result = run(train_pipeline, f"{kind}_run", options + "--resume_from_checkpoint latest")
+    assert checkpoints() == ["checkpoint-2", "checkpoint-4"]
     assert 0 <= result["mean_accuracy"] <= 1
-    pipe = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32)
+    pipe = PIPELINES[kind].from_pretrained(folder / kind, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(["a red ball"], num_inference_steps=1, output_type="pt").images
+    images = generate(pipe, ["a red ball"], steps=1, guidance_scale=4.0, seed=0)
     assert images.shape == (1, 3, 64, 64) and images.isfinite().all()
 
 
