@@ -14,7 +14,7 @@ from .block import GSPN2Block
 from .config import GSPN2Config
 from .families import find_denoiser
 from .fuse import is_fused
-from .sites import Selection, Site, select_sites, walk_sites
+from .sites import Selection, Site, gspn2_sites, select_sites, walk_sites
 
 # Which rows of a block's weights mean what; to be raised when that changes.
 FORMAT_VERSION = 2
@@ -29,7 +29,8 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
 
     Args:
         base_model_class: class name of the model the blocks belong to.
-        layers: ``{"name": module name, "channels": C}`` per replaced self-attention layer.
+        layers: ``{"name": module name, "channels": C, "grid": [H, W]}`` per replaced self-attention
+            layer; grid: of its tokens at the model's own size, None or left out if unknown.
         block_config: keyword arguments of :class:`GSPN2Config`.
         format_version: of the weights, `FORMAT_VERSION` when they were written.
 
@@ -52,7 +53,9 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
                 "are in the order of another version of gspn2_diffusers"
             )
         config = GSPN2Config(**block_config)
-        self.blocks = nn.ModuleList(GSPN2Block(layer["channels"], config) for layer in layers)
+        self.blocks = nn.ModuleList(
+            GSPN2Block(layer["channels"], config, layer.get("grid")) for layer in layers
+        )
 
     @classmethod
     def for_model(
@@ -74,8 +77,9 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
                 that does not fit a layer's width.
         """
         model = find_denoiser(pipe_or_model)
-        chosen = select_sites(model, sites, keep_attention)
-        adapter = cls(type(model).__name__, _layers(chosen), config.to_dict())
+        chosen = {site.name for site in select_sites(model, sites, keep_attention)}
+        layers = [_layer(site, site.grid) for site in gspn2_sites(model) if site.name in chosen]
+        adapter = cls(type(model).__name__, layers, config.to_dict())
         if inherit:
             for name, block in adapter.blocks_by_site().items():
                 block.inherit(model.get_submodule(name))
@@ -97,7 +101,9 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
             )
         blocks = [model.get_submodule(site.name).gspn2 for site in patched]
         with torch.device("meta"):  # its own blocks are only placeholders
-            adapter = cls(type(model).__name__, _layers(patched), blocks[0].config.to_dict())
+            pairs = zip(patched, blocks, strict=True)
+            layers = [_layer(site, block.native_grid) for site, block in pairs]
+            adapter = cls(type(model).__name__, layers, blocks[0].config.to_dict())
         adapter.blocks = nn.ModuleList(blocks)
         return adapter
 
@@ -195,8 +201,9 @@ def save_gspn2(
     GSPN2Adapter.of_patched(pipe_or_model).save_pretrained(folder, **kwargs)
 
 
-def _layers(sites: list[Site]) -> list[dict]:
-    return [{"name": site.name, "channels": site.channels} for site in sites]
+def _layer(site: Site, grid: tuple[int, int] | None) -> dict:
+    grid = None if grid is None else list(grid)
+    return {"name": site.name, "channels": site.channels, "grid": grid}
 
 
 def _check_is_sidecar(folder: Path) -> None:

@@ -25,9 +25,16 @@ class GSPN2Block(nn.Module):
     A new block adds nothing but what uniform attention would (the mean path, if it inherited
     one): u and skip start at zero, the propagation weights near 1/3.
 
+    Every line adds lam x to a hidden state of which nothing is lost, since the weights of a position
+    sum to one: h is an integral along the direction, and a line is a step of it. Away from the size
+    that the block was made for, lam is therefore multiplied by native lines / lines, so that the
+    same picture at another resolution gives the same h. A local scan is left alone: it adds up the
+    same number of lines at every size.
+
     Args:
         channels: C, the width of the tokens.
         config: the block's options.
+        native_grid: (H, W) of the tokens at the model's own size; None leaves lam as it is.
 
     Attributes:
         backend: what runs the scan, as in :func:`gspn2_scan`; no part of config or weights.
@@ -38,12 +45,18 @@ class GSPN2Block(nn.Module):
         ValueError: the config does not fit this width.
     """
 
-    def __init__(self, channels: int, config: GSPN2Config):
+    def __init__(
+        self,
+        channels: int,
+        config: GSPN2Config,
+        native_grid: Sequence[int] | None = None,
+    ):
         super().__init__()
         proxy_dim = config.proxy_dim_for(channels)
         self.config = config
         self.layout = TokenLayout(proxy_dim, config.groups_for(channels))
         self.backend = "auto"
+        self.native_grid = None if native_grid is None else tuple(native_grid)
         self.grid: Tensor | None = None
 
         inputs = channels if config.parameters_from == "tokens" else proxy_dim
@@ -65,6 +78,7 @@ class GSPN2Block(nn.Module):
         """
         grid = grid_sizes(self.grid if grid is None else grid, tokens)
         x, params = self._project(tokens)
+        self._scale_lam(params, grid)
         y = gspn2_scan_tokens(
             x,
             params,
@@ -83,6 +97,15 @@ class GSPN2Block(nn.Module):
             return both[..., width : width + self.layout.proxy_dim], both[..., :width]
         x = self.down(tokens)
         return x, self.to_params(tokens if self.config.parameters_from == "tokens" else x)
+
+    def _scale_lam(self, params: Tensor, grid: tuple[int, int]) -> None:
+        """Multiply lam by native lines / lines, in place."""
+        if self.native_grid is None or self.config.chunk_size is not None:
+            return
+        by_axis = self.layout.lam_by_axis(params)
+        for lam, native, lines in zip(by_axis, self.native_grid, grid, strict=True):
+            if lines != native:
+                lam.mul_(native / lines)
 
     @torch.no_grad()
     def inherit(self, attention: Attention) -> None:

@@ -48,6 +48,12 @@ class TokenLayout:
         gates = params[..., : self.gates].unflatten(-1, (3, DIRECTION_COUNT, -1))
         return logits[..., :TAPS], *gates.unbind(-3)
 
+    def lam_by_axis(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Views ``[..., 2 P]`` of `params` ``[..., K]``: lam of the two directions that scan rows,
+        and of the two that scan columns. Both may be changed in place under autograd."""
+        pair = 2 * self.proxy_dim
+        return params[..., :pair], params[..., pair : 2 * pair]
+
 
 @dataclass(frozen=True)
 class LineLayout:

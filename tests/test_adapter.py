@@ -9,7 +9,14 @@ import safetensors.torch
 import torch
 from tiny_models import awaken, tiny_denoiser, tiny_dit, tiny_sd_pipeline, tiny_unet
 
-from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2, remove_gspn2, save_gspn2
+from gspn2_diffusers import (
+    GSPN2Adapter,
+    GSPN2Config,
+    apply_gspn2,
+    gspn2_sites,
+    remove_gspn2,
+    save_gspn2,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::gspn2_diffusers.UntrainedBlocksWarning")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -72,7 +79,26 @@ def test_only_a_config_and_safetensors_are_written(sidecar):
     config = json.loads((sidecar / "config.json").read_text())
     assert config["base_model_class"] == "UNet2DConditionModel"
     assert config["block_config"]["groups"] == 2
-    assert config["layers"][0].keys() == {"name", "channels"}
+    assert config["layers"][0].keys() == {"name", "channels", "grid"}
+
+
+def test_blocks_know_the_native_grid_of_their_layer_after_loading(sidecar, tmp_path):
+    grids = {site.name: site.grid for site in gspn2_sites(tiny_unet())}
+    model = apply_gspn2(tiny_unet(), sidecar)
+    for name, block in GSPN2Adapter.of_patched(model).blocks_by_site().items():
+        assert block.native_grid == grids[name]
+    save_gspn2(model, tmp_path)
+    again = GSPN2Adapter.from_pretrained(tmp_path)
+    assert [b.native_grid for b in again.blocks] == list(grids.values())
+
+
+def test_weights_from_before_grids_were_kept_load_and_leave_lam_alone(sidecar):
+    config = json.loads((sidecar / "config.json").read_text())
+    for layer in config["layers"]:
+        del layer["grid"]
+    (sidecar / "config.json").write_text(json.dumps(config))
+    adapter = GSPN2Adapter.from_pretrained(sidecar)
+    assert {block.native_grid for block in adapter.blocks} == {None}
 
 
 def test_loads_in_half_precision_and_follows_the_model_it_is_put_into(sidecar):

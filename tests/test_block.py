@@ -50,6 +50,51 @@ def test_forward_is_project_scan_lift_with_a_dense_affinity_for_the_scan(config)
     assert_close(block(tokens, (height, width)), expected)
 
 
+def test_lam_is_scaled_by_native_lines_over_lines_of_its_direction():
+    block = awaken(GSPN2Block(16, GSPN2Config(), native_grid=(6, 5)).double())
+    plain = awaken(GSPN2Block(16, GSPN2Config()).double())
+    plain.load_state_dict(block.state_dict())
+    tokens = torch.randn(2, 30, 16, dtype=torch.float64)
+    assert_close(block(tokens, (6, 5)), plain(tokens, (6, 5)))
+    for weight in (plain.to_params.weight.T, plain.to_params.bias):
+        _, lam, _, _ = plain.layout.split(weight.data)
+        lam[..., :2, :] *= 2  # 3 rows where 6 are native
+        lam[..., 2:, :] /= 2  # 10 columns where 5 are native
+    assert_close(block(tokens, (3, 10)), plain(tokens, (3, 10)))
+
+
+def test_a_picture_at_twice_its_size_keeps_its_features_only_with_a_native_grid():
+    config = GSPN2Config(mean_path=False)
+    scaled = awaken(GSPN2Block(16, config, native_grid=(8, 8)))
+    plain = awaken(GSPN2Block(16, config))
+    plain.load_state_dict(scaled.state_dict())
+    angle = torch.linspace(0, 3, 8)
+    small = torch.sin(angle[:, None] + angle + torch.arange(16.0)[:, None, None])[None]
+    large = torch.nn.functional.interpolate(small, scale_factor=2, mode="nearest")
+
+    def features(block, picture):
+        size = picture.shape[-2:]
+        tokens = block(picture.flatten(2).mT, tuple(size))
+        return torch.nn.functional.avg_pool2d(tokens.mT.unflatten(2, size), size[0] // 8)
+
+    with torch.no_grad():
+        expected = features(plain, small)
+        errors = [
+            ((features(block, large) - expected).square().mean() / expected.var()).item()
+            for block in (scaled, plain)
+        ]
+    assert errors[0] < 0.05 < 0.3 < errors[1]
+
+
+def test_local_scans_add_up_the_same_lines_at_every_size():
+    config = GSPN2Config(chunk_size=2)
+    block = awaken(GSPN2Block(16, config, native_grid=(4, 4)))
+    plain = awaken(GSPN2Block(16, config))
+    plain.load_state_dict(block.state_dict())
+    tokens = torch.randn(1, 64, 16)
+    assert torch.equal(block(tokens, (8, 8)), plain(tokens, (8, 8)))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_fresh_block_equals_the_layer_it_inherits_from_under_uniform_attention(bias):
     attention = uniform_attention(16, bias=bias)

@@ -165,8 +165,8 @@ def size_step(pipe: DiffusionPipeline) -> int:
 
 
 def _dtype(denoiser: nn.Module) -> torch.dtype:
-    """Of the frozen weights: blocks may be of another."""
-    return next(p for p in denoiser.parameters() if not p.requires_grad).dtype
+    """Of the first layer's weights: blocks may be of another."""
+    return next(denoiser.parameters()).dtype
 
 
 def _encoder_of(denoiser: nn.Module):
