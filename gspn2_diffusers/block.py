@@ -25,8 +25,8 @@ class GSPN2Block(nn.Module):
     A new block adds nothing but what uniform attention would (the mean path, if it inherited
     one): u and skip start at zero, the propagation weights near 1/3.
 
-    Every line adds lam x to a hidden state of which nothing is lost, since the weights of a position
-    sum to one: h is an integral along the direction, and a line is a step of it. Away from the size
+    Every line adds lam x to a hidden state that loses nothing, since the weights of a position sum
+    to one: h is an integral along the direction, and a line is a step of it. Away from the size
     that the block was made for, lam is therefore multiplied by native lines / lines, so that the
     same picture at another resolution gives the same h. A local scan is left alone: it adds up the
     same number of lines at every size.

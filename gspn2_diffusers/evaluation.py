@@ -195,14 +195,15 @@ def evaluate(
 
 
 def default_metrics(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """``kd``, and ``attributes`` for the Tiny Scenes pipeline that ships with the package."""
+    """``kd``, and ``attributes`` for the Tiny Scenes pipelines that ship with the package."""
     return ("kd", "attributes") if ships_with_package(pipe) else ("kd",)
 
 
 def ships_with_package(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline was loaded from the folder of Tiny Scenes that the package brings."""
-    folder = Path(pipe.config.get("_name_or_path") or "/")
-    return is_shipped("pipeline") and folder.resolve() == shipped_folder("pipeline").resolve()
+    """Whether a pipeline was loaded from a folder of Tiny Scenes that the package brings."""
+    folder = Path(pipe.config.get("_name_or_path") or "/").resolve()
+    shipped = [shipped_folder(name) for name in ("pipeline", "pixart") if is_shipped(name)]
+    return folder in [path.resolve() for path in shipped]
 
 
 def check_takes_prompts(pipe: DiffusionPipeline) -> None:

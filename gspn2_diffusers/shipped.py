@@ -9,12 +9,15 @@ from pathlib import Path
 SHIPPED_FOLDERS = {
     "pipeline": "model_index.json",
     "gspn2": "config.json",
+    "pixart": "model_index.json",
+    "pixart_gspn2": "config.json",
     "probe": "config.json",
 }
 
 
 def shipped_folder(name: str) -> Path:
-    """Folder of the Tiny Scenes ``pipeline``, its ``gspn2`` weights or the ``probe``.
+    """Folder of a Tiny Scenes pipeline (``pipeline``: a UNet, or ``pixart``), of its GSPN-2 weights
+    (``gspn2``, ``pixart_gspn2``) or of the ``probe``.
 
     Raises:
         FileNotFoundError: this installation lacks it.

@@ -16,6 +16,7 @@ from torch.nn.functional import elu
 
 from gspn2_diffusers import gspn2_scan, gspn2_sites
 from gspn2_diffusers.pipelines.loading import load_pipeline
+from gspn2_diffusers.shipped import shipped_folder
 from gspn2_diffusers.tiny_scenes.models import WEIGHTS, assemble_pipeline, build_pixart, build_unet
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -195,12 +196,28 @@ def test_an_error_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "script", ["scan", "layer", "unet", "distillation", "training_speed", "figures"]
+    "script", ["scan", "layer", "unet", "distillation", "sizes", "training_speed", "figures"]
 )
 def test_every_script_explains_its_options(script, load, capsys):
     with pytest.raises(SystemExit, match="0"):
         load(script).main(["--help"])
     assert f"benchmarks/{script}.py" in capsys.readouterr().out
+
+
+def test_sizes_compares_blocks_that_scale_lam_with_those_that_do_not(load, tmp_path, monkeypatch):
+    sizes = load("sizes")
+    monkeypatch.setattr(sizes, "native_resolution", lambda pipe: 64)  # of the pictures only
+    output = tmp_path / "sizes.json"
+    weights = str(shipped_folder("gspn2"))
+    options = ["--device", "cpu", "--threads", "1", "--scenes", "2", "--factors", "1", "4"]
+    sizes.main(["--weights", weights, *options, "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["size"], row["lam_scaled"]) for row in rows] == [
+        (64, True), (64, False), (256, True), (256, False)
+    ]  # fmt: skip
+    # At 256 pixels, the native size, there is nothing to scale; a quarter of it needs it.
+    assert rows[2]["layer_error"] == rows[3]["layer_error"] < 0.1
+    assert rows[0]["layer_error"] != rows[1]["layer_error"]
 
 
 def test_the_ladder_is_held_to_the_operator(load):

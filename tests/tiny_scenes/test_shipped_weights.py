@@ -29,7 +29,7 @@ def test_shipped_files_are_safetensors_and_json_and_small():
     files = [path for name in SHIPPED_FOLDERS for path in (WEIGHTS / name).rglob("*.*")]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert max(path.stat().st_size for path in files) <= 15 * MEGABYTE
-    assert sum(path.stat().st_size for path in files) <= 25 * MEGABYTE
+    assert sum(path.stat().st_size for path in files) <= 50 * MEGABYTE
 
 
 @torch.no_grad()
@@ -39,10 +39,15 @@ def test_probe_reads_every_attribute_off_held_out_renders(probe):
 
 
 @torch.no_grad()
-def test_both_attentions_draw_what_the_gallery_says_and_nearly_the_same(probe):
+@pytest.mark.parametrize(
+    ("teacher", "weights", "least"), [("pipeline", "gspn2", 0.9), ("pixart", "pixart_gspn2", 0.7)]
+)
+def test_both_attentions_draw_what_the_gallery_says_and_nearly_the_same(
+    probe, teacher, weights, least
+):
     captions, classes = zip(*GALLERY[:4], strict=True)
     truth = {name: torch.tensor([entry[name] for entry in classes]) for name in classes[0]}
-    pipe = load_pipeline(shipped_folder("pipeline"), dtype=torch.float32, device="cpu")
+    pipe = load_pipeline(shipped_folder(teacher), dtype=torch.float32, device="cpu")
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> torch.Tensor:
@@ -50,12 +55,12 @@ def test_both_attentions_draw_what_the_gallery_says_and_nearly_the_same(probe):
         options = {"num_inference_steps": 12, "guidance_scale": 4.0, "output_type": "pt"}
         return pipe(list(captions), generator=generator, **options).images
 
-    teacher = draw()
-    apply_gspn2(pipe, shipped_folder("gspn2"))
+    original = draw()
+    apply_gspn2(pipe, shipped_folder(weights))
     student = draw()
-    assert share_right(probe, teacher, truth) >= 0.9
-    assert share_right(probe, student, truth) >= 0.9
+    assert share_right(probe, original, truth) >= least
+    assert share_right(probe, student, truth) >= least
     # Same noise, same caption: nearer to the teacher's picture than another caption's is.
-    distance = (student - teacher).square().mean((1, 2, 3))
-    other = (student.roll(1, 0) - teacher).square().mean((1, 2, 3))
+    distance = (student - original).square().mean((1, 2, 3))
+    other = (student.roll(1, 0) - original).square().mean((1, 2, 3))
     assert (distance < 0.3 * other).all() and (distance > 0).all()
