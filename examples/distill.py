@@ -176,8 +176,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     caches = {"native": prepare_cache(args, accelerator, pipe)}
     if args.curriculum_steps:
         caches["double"] = prepare_cache(args, accelerator, pipe, enlarge=2)
-    patch(args, pipe)
     denoiser = find_denoiser(pipe)
+    if not args.validation_prompt:  # nothing is encoded or decoded from here on
+        pipe.to("cpu")
+        denoiser.to(accelerator.device)
+    patch(args, pipe)
     distillation = Distillation(denoiser, Noising(pipe.scheduler), loss_weights(args))
     distillation.to(accelerator.device)
     if args.torch_compile:

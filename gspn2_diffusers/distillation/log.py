@@ -96,10 +96,13 @@ class Log:
         if self._accelerator.is_main_process:
             self._bar.write(text)
 
-    def close(self) -> None:
-        """Write what is left of an interval, and end the bar."""
+    def flush(self) -> None:
+        """Write what there is of an interval: the run is over."""
         if self._window:
             self._write(self._last)
+
+    def close(self) -> None:
+        """End the bar."""
         self._bar.close()
 
     def _write(self, done: FinishedStep) -> None:

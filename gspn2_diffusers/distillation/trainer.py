@@ -169,15 +169,14 @@ class Trainer:
             while self.step < options.total_steps and not self._stop_agreed:
                 self._train_step()
                 self._after_step()
-        if self.step < options.total_steps:
+        finished = self.step == options.total_steps
+        if not finished:
             self.save_checkpoint()
             self.log.say(f"stopped after step {self.step}; resume with latest")
-            return False
-        self._settle()
-        self.log.close()
-        if self.ema is not None:
+        elif self.ema is not None:
             self.ema.copy_to(self._named.values())
-        return True
+        self.log.close()
+        return finished
 
     def save_checkpoint(self) -> None:
         """Write ``checkpoint-<step>``. Raises DivergedError instead of saving a broken state."""
@@ -250,6 +249,8 @@ class Trainer:
                 if ends and self._after_stage is not None:
                     self._after_stage(stage)
         if step == options.total_steps:
+            self._settle()
+            self.log.flush()
             self.save_checkpoint()
         elif _is_due(step, options.checkpointing_steps):
             self.save_checkpoint()

@@ -115,6 +115,16 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tmp_path, stop, ema_decay
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path):
+    first, expected = build(tmp_path, ema_decay=0.9, logging_steps=4)
+    first.run()
+    lines = (tmp_path / "log.jsonl").read_text()
+    again, found = build(tmp_path, ema_decay=0.9, logging_steps=4)
+    assert again.run("latest")
+    assert (tmp_path / "log.jsonl").read_text() == lines and '"step": 6' in lines
+    assert torch.equal(weights(found), weights(expected))
+
+
 def test_sigterm_saves_a_checkpoint_and_ends(tmp_path):
     def ask(step, stage):
         if step == 2:
