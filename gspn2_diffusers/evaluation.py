@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
 import os
 import platform
 import time
@@ -22,10 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 from torch import Tensor, nn
 
@@ -35,37 +32,23 @@ from .adapter import GSPN2Adapter
 from .comparison import draw_comparison
 from .doctor import CUPY_DISTRIBUTIONS, LIBRARIES
 from .families import find_denoiser
+from .image_metrics import ClipJudge, FidJudge, Judge, to_bytes
 from .kernels.backends import check_backend, resolve_backend
 from .patch import apply_gspn2, remove_gspn2
 from .shipped import is_shipped, shipped_folder
 from .sites import is_patched, walk_sites
+from .trajectory import KDError, KDMeter, execution_device, record_calls
 
 if TYPE_CHECKING:
     from gspn2_diffusers.tiny_scenes.score import Exam
 
 METRICS = ("kd", "attributes", "fid", "clip")
 TEACHER = "softmax attention"
-CLIP_MODEL = "openai/clip-vit-large-patch14"
-INCEPTION_WIDTH = 2048
 SHEET_PROMPTS = 8
-QUARTERS = 4
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 Progress = Callable[[str, int, int], None]
 Sidecar = str | os.PathLike | GSPN2Adapter | None
-
-
-@dataclass(frozen=True)
-class KDError:
-    """Mean squared difference from the teacher's answers over their variance: 0 is the teacher, 1
-    is no better than always answering the mean.
-
-    `quarters` are the errors in equal parts of the trajectory, from noise to picture; fewer than
-    four where it has fewer steps.
-    """
-
-    total: float
-    quarters: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -162,7 +145,7 @@ def evaluate(
     _check_request(sidecars, prompts, resolutions, steps, batch_size, scenes, metrics)
     check_backend(backend)
     if sidecars:  # a backend that cannot run fails now, not after the teacher has drawn
-        sample = torch.empty(0, device=_execution_device(pipe))
+        sample = torch.empty(0, device=execution_device(pipe))
         resolve_backend(backend, sample, find_denoiser(pipe).dtype)
     real_paths = None if real_images is None else find_images(real_images)
     settings = _Settings(
@@ -172,8 +155,8 @@ def evaluate(
         contestants = {TEACHER: None} | _load_sidecars(pipe, sidecars, found)
         device = _metric_device(pipe)
         judges = {
-            "fid": _FidJudge(fid, device, real_paths) if "fid" in metrics else None,
-            "clip": _ClipJudge(clip, device) if "clip" in metrics else None,
+            "fid": FidJudge(fid, device, real_paths) if "fid" in metrics else None,
+            "clip": ClipJudge(clip, device) if "clip" in metrics else None,
         }
         exam = _prepare_exam(pipe, scenes, settings) if "attributes" in metrics else None
         rows = []
@@ -231,114 +214,6 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
     return paths
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a denoiser, in CPU memory: its arguments and its answer ``[n, c, h, w]``."""
-
-    args: tuple
-    kwargs: dict
-    answer: Tensor
-
-
-@contextmanager
-def record_calls(pipe_or_model: DiffusionPipeline | nn.Module) -> Iterator[list[Call]]:
-    """While inside, every forward pass of the denoiser is added to the list that this yields.
-
-    Raises:
-        TypeError, ValueError: not a supported pipeline or model.
-    """
-    model = find_denoiser(pipe_or_model)
-    calls: list[Call] = []
-    asked = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Copied before the call, since what a model is given may be changed in place later.
-        asked[:] = [_moved((args, kwargs), "cpu")]
-
-    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        calls.append(Call(*asked.pop(), _moved(_answer(module, output), "cpu")))
-
-    handles = (
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    )
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class KDMeter:
-    """Adds up how a model's answers differ from recorded ones, over batches of one trajectory."""
-
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []  # per step: squared error, count, sum, sum of squares
-
-    @torch.no_grad()
-    def add(self, calls: Sequence[Call], pipe_or_model: DiffusionPipeline | nn.Module) -> None:
-        """Ask the denoiser what the teacher was asked; `calls` are a whole trajectory in order.
-
-        Raises:
-            ValueError: no calls, or another number of them than before.
-        """
-        if not calls or len(calls) != len(self._sums or calls):
-            expected = len(self._sums) or "at least 1"
-            raise ValueError(f"expected {expected} recorded calls, got {len(calls)}")
-        model = find_denoiser(pipe_or_model)
-        device = _execution_device(pipe_or_model)
-        self._sums = self._sums or [torch.zeros(4, dtype=torch.double) for _ in calls]
-        for sums, call in zip(self._sums, calls, strict=True):
-            args, kwargs = _moved((call.args, call.kwargs), device)
-            answer = _answer(model, model(*args, **kwargs)).cpu().double()
-            truth = call.answer.double()
-            terms = ((answer - truth).square().sum(), truth.numel(), truth.sum())
-            sums += torch.tensor([*terms, truth.square().sum()], dtype=torch.double)
-
-    def result(self) -> KDError:
-        """The error over all answers, and in the quarters of the trajectory.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._sums:
-            raise ValueError("expected recorded calls to have been added, got none")
-        sums = torch.stack(self._sums)
-        quarters = sums.tensor_split(min(QUARTERS, len(sums)))
-        return KDError(_relative_error(sums), tuple(map(_relative_error, quarters)))
-
-
-def _relative_error(sums: Tensor) -> float:
-    """Mean squared error over variance, of sums ``[steps, 4]``."""
-    error, count, total, squares = sums.sum(0).tolist()
-    variance = squares / count - (total / count) ** 2
-    if variance <= 0:
-        return float("inf") if error else 0.0
-    return error / count / variance
-
-
-def _answer(model: nn.Module, output: object) -> Tensor:
-    """What the pipeline uses of a denoiser's output: PixArt's and DiT's second half is a variance
-    that is thrown away."""
-    return output[0][:, : model.config.in_channels]
-
-
-def _moved(value: object, device: torch.device | str) -> object:
-    """A copy of nested tuples, lists and dictionaries with the tensors in them on a device."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, Mapping):
-        return {key: _moved(inner, device) for key, inner in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_moved(inner, device) for inner in value)
-    return value
-
-
-def _execution_device(pipe_or_model: DiffusionPipeline | nn.Module) -> torch.device:
-    # Not `device`, which is the CPU while a pipeline's models are offloaded.
-    return getattr(pipe_or_model, "_execution_device", None) or pipe_or_model.device
-
-
 def _kd_errors(
     pipe: DiffusionPipeline,
     contestants: Mapping[str, GSPN2Adapter | None],
@@ -362,7 +237,7 @@ def _measure(
     name: str,
     resolution: int | None,
     settings: _Settings,
-    judges: Mapping[str, _Judge | None],
+    judges: Mapping[str, Judge | None],
 ) -> tuple[dict, list[Image.Image]]:
     """Draw all prompts; returns fields of the row, and the pictures of the first prompts."""
     judges = {metric: judge for metric, judge in judges.items() if judge is not None}
@@ -431,189 +306,16 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def to_bytes(images: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as uint8 ``[n, 3, h, w]``."""
-    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
-
-
-def load_fid() -> nn.Module:
-    """torchmetrics' FID on the Inception features of torch-fidelity.
-
-    Raises:
-        ImportError: torchmetrics or torch-fidelity is not installed.
-        OSError: HF_HUB_OFFLINE is set and the Inception's weights would have to be downloaded, or
-            their download failed.
-    """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ImportError(
-            f"torchmetrics with torch-fidelity cannot be imported ({error}): "
-            "pip install 'torchmetrics[image]'"
-        ) from error
-    name = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-    if HF_HUB_OFFLINE and not Path(torch.hub.get_dir(), "checkpoints", name).is_file():
-        raise OSError(f"HF_HUB_OFFLINE is set and {name} is not in the cache of torch.hub")
-    return FrechetInceptionDistance(feature=INCEPTION_WIDTH)
-
-
-def load_clip(model: str | os.PathLike = CLIP_MODEL) -> nn.Module:
-    """torchmetrics' CLIP score by a CLIP model, from a folder or the hub.
-
-    Raises:
-        ImportError: torchmetrics is not installed.
-        OSError: no such model; with HF_HUB_OFFLINE, none in the cache.
-    """
-    try:
-        from torchmetrics.multimodal.clip_score import CLIPScore
-    except ImportError as error:
-        raise ImportError(
-            f"torchmetrics cannot be imported ({error}): pip install torchmetrics"
-        ) from error
-    from transformers import CLIPModel, CLIPProcessor
-
-    def parts() -> tuple[nn.Module, object]:
-        try:
-            clip = CLIPModel.from_pretrained(model)
-            return _ClipFeatures(clip), CLIPProcessor.from_pretrained(model)
-        except OSError as error:
-            reason = "HF_HUB_OFFLINE is set and it is not in the cache"
-            raise OSError(f"CLIP {model}: {reason if HF_HUB_OFFLINE else error}") from error
-
-    return CLIPScore(model_name_or_path=parts)
-
-
-class _ClipFeatures(nn.Module):
-    """A CLIP model whose features are tensors ``[n, d]`` in every version of transformers: newer
-    ones return an output object, which torchmetrics 1.9 cannot read."""
-
-    def __init__(self, clip: nn.Module) -> None:
-        super().__init__()
-        self.clip = clip.eval()
-        self.config = clip.config
-
-    def get_image_features(self, pixels: Tensor) -> Tensor:
-        features = self.clip.get_image_features(pixels)
-        return getattr(features, "pooler_output", features)
-
-    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        features = self.clip.get_text_features(ids, mask)
-        return getattr(features, "pooler_output", features)
-
-
-class _Judge:
-    """A metric of torchmetrics; whatever goes wrong in it becomes the reason why it is missing."""
-
-    def __init__(
-        self, metric: object | None, load: Callable[[], object], device: torch.device
-    ) -> None:
-        self.metric = metric
-        self.device = device
-        self.reason: str | None = None
-        with self._excused():
-            self.metric = load() if metric is None else metric
-            self.metric.to(device)
-
-    @contextmanager
-    def _excused(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a metric that fails must not cost the other results
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.reason = lines[0]
-
-    def start(self, *, is_teacher: bool) -> None:
-        """Begin with the next contestant."""
-        if self.reason is None:
-            with self._excused():
-                self._start(is_teacher)
-
-    def add(self, images: Tensor, prompts: list[str]) -> None:
-        """Look at pictures, uint8 ``[n, 3, h, w]``, of prompts."""
-        if self.reason is None:
-            with self._excused():
-                self._add(images.to(self.device), prompts)
-
-    def result(self) -> tuple[float | None, str | None]:
-        """The contestant's score, or None, and a note."""
-        value, note = None, None
-        if self.reason is None:
-            with self._excused():
-                value, note = self._result()
-        if value is not None and not math.isfinite(value):
-            return None, f"it came out as {value}"
-        return (value, note) if self.reason is None else (None, self.reason)
-
-
-class _ClipJudge(_Judge):
-    def __init__(self, metric: object | None, device: torch.device) -> None:
-        super().__init__(metric, load_clip, device)
-
-    def _start(self, is_teacher: bool) -> None:
-        self.metric.reset()
-
-    def _add(self, images: Tensor, prompts: list[str]) -> None:
-        self.metric.update(images, prompts)
-
-    def _result(self) -> tuple[float, None]:
-        return float(self.metric.compute()), None
-
-
-class _FidJudge(_Judge):
-    """FID to real pictures, or to those that the teacher drew at the same resolution."""
-
-    def __init__(
-        self, metric: object | None, device: torch.device, real: Sequence[Path] | None
-    ) -> None:
-        super().__init__(metric, load_fid, device)
-        self.real = real
-        self.is_reference = False
-        self.count = 0
-        if real is not None and self.reason is None:
-            with self._excused():
-                self._forget_reference()
-                for path in real:  # one by one, since they may differ in size
-                    self.metric.update(to_bytes([Image.open(path)]).to(device), real=True)
-
-    def _forget_reference(self) -> None:
-        self.metric.reset_real_features = True
-        self.metric.reset()
-        self.metric.reset_real_features = False
-
-    def _start(self, is_teacher: bool) -> None:
-        self.is_reference = is_teacher and self.real is None
-        self.count = 0
-        if self.is_reference:
-            self._forget_reference()
-        else:
-            self.metric.reset()
-
-    def _add(self, images: Tensor, prompts: list[str]) -> None:
-        self.metric.update(images, real=self.is_reference)
-        self.count += len(images)
-
-    def _result(self) -> tuple[float | None, str]:
-        if self.is_reference:
-            return None, "the other rows are compared with the pictures of this one"
-        note = "to the teacher's pictures" if self.real is None else "to the real pictures"
-        fewest = min(self.count, self.count if self.real is None else len(self.real))
-        if fewest <= INCEPTION_WIDTH:
-            note += f"; {fewest} are few: compare it within this table only"
-        return float(self.metric.compute()), note
-
-
 def _metric_device(pipe: DiffusionPipeline) -> torch.device:
     # FID adds up in float64, which mps does not have.
-    device = _execution_device(pipe)
+    device = execution_device(pipe)
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _prepare_exam(pipe: DiffusionPipeline, scenes: int, settings: _Settings) -> Exam:
     from gspn2_diffusers.tiny_scenes.score import prepare_exam
 
-    device = _execution_device(pipe)
+    device = execution_device(pipe)
     probe = shipped_folder("probe")
     return prepare_exam(device, scenes, settings.seed, batch_size=settings.batch_size, probe=probe)
 

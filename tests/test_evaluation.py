@@ -29,17 +29,10 @@ from gspn2_diffusers import (
     gspn2_sites,
     save_gspn2,
 )
-from gspn2_diffusers.evaluation import (
-    TEACHER,
-    KDMeter,
-    evaluate,
-    load_clip,
-    load_fid,
-    record_calls,
-    to_bytes,
-    write_results,
-)
+from gspn2_diffusers.evaluation import TEACHER, evaluate, write_results
+from gspn2_diffusers.image_metrics import load_clip, load_fid, to_bytes
 from gspn2_diffusers.tiny_scenes.score import frechet_distance
+from gspn2_diffusers.trajectory import KDMeter, record_calls
 
 PROMPTS = ["a cube", "a ball", "a cone"]
 QUICK = {"prompts": PROMPTS, "steps": 2, "batch_size": 2, "metrics": ("kd",)}
