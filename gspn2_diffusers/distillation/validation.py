@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..comparison import draw_comparison
+from ..evaluation import check_takes_prompts
 from ..patch import softmax_attention
 from ..pipelines.generation import generate_images
 from .batches import Batches
@@ -29,6 +30,9 @@ class Validation:
         pipe: whose denoiser is the student, for the pictures.
         prompts: of the pictures; each has a seed of its own. Empty: no pictures.
         height, width: of the pictures in pixels.
+
+    Raises:
+        ValueError: prompts for a pipeline that takes none.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Validation:
         self.pipe = pipe
         self.folder = folder
         self.prompts = list(prompts)
+        if self.prompts:
+            check_takes_prompts(pipe)
         self._options = {
             "height": height, "width": width, "steps": steps, "guidance_scale": guidance_scale,
             "seed": seed,
