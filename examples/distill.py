@@ -405,6 +405,8 @@ def publish(
 ) -> None:
     """Write the blocks and their card into ``--output_dir``, and push them if asked."""
     save(args, pipe, args.output_dir)
+    source = cache.description["source"]
+    source = source.get("of", source)  # behind --max_train_samples
     teacher = args.pretrained_model_name_or_path
     skipped = sum(entry["count"] for entry in cache.totals["skipped"].values())
     write_card(
@@ -412,7 +414,7 @@ def publish(
         teacher=teacher,
         teacher_is_public=not Path(teacher).exists(),
         data={
-            "source": cache.description["source"]["source"],
+            "source": source["source"],
             "examples": len(cache),
             "skipped": skipped,
             "latent sizes": ", ".join(f"{h} x {w}" for h, w in cache.buckets),

@@ -170,6 +170,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(script, options, tmp_pa
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
+def test_only_the_first_samples_are_used_if_asked(script, options):
+    script.main(arguments(options | {"max_train_samples": 6}))
+    card = (options["output_dir"] / "README.md").read_text()
+    assert "| source | image folder |" in card and "| examples | 6 |" in card
+
+
 def test_the_teacher_draws_its_own_examples_from_prompts(script, options, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n\na fish\n")
