@@ -121,8 +121,13 @@ def ratio_figure(figure, found: list[dict]) -> None:
         "attributes right, %": _right,
         "ms of one layer": lambda row: row["layer_ms"],
     }
-    axes = figure.subplots(1, len(panels))
-    for place, (name, value) in zip(axes, panels.items(), strict=True):
+    measured = {
+        name: value
+        for name, value in panels.items()
+        if any(value(row) is not None for results in found for row in results["rows"])
+    }
+    axes = figure.subplots(1, len(measured))
+    for place, (name, value) in zip(axes, measured.items(), strict=True):
         shown = found[:1] if name.startswith("ms") else found  # the same layer for all teachers
         for color, results in zip(LINE_COLORS, shown, strict=False):
             rows = [row for row in results["rows"] if row["run"].startswith("C/P")]
@@ -179,11 +184,11 @@ EXPERIMENTS: dict[str, Callable] = {
 
 
 def find_experiments(folder: Path) -> dict[str, list[dict]]:
-    """For each of `EXPERIMENTS` the results of ``distillation-*-cuda.json``, one for each teacher:
+    """For each of `EXPERIMENTS` the results of ``distillation-*.json``, one for each teacher:
     the newest, with ``teacher`` and only the rows of this experiment that did not fail."""
     found: dict[str, dict[str, dict]] = {name: {} for name in EXPERIMENTS}
     files = [json.loads(path.read_text()) | {"teacher": path.stem.split("-")[1]}
-             for path in sorted(folder.glob("distillation-*-cuda.json"))]  # fmt: skip
+             for path in sorted(folder.glob("distillation-*.json"))]  # fmt: skip
     for results in sorted(files, key=lambda results: results["environment"]["date"]):
         for name, by_teacher in found.items():
             rows = [row for row in results["rows"]
@@ -334,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = [name for name in FIGURES if (args.results / f"{name}.json").is_file()]
     experiments = find_experiments(args.results)
     if not found and not experiments:
-        wanted = ", ".join([f"{name}.json" for name in FIGURES] + ["distillation-*-cuda.json"])
+        wanted = ", ".join([f"{name}.json" for name in FIGURES] + ["distillation-*.json"])
         raise ValueError(f"expected one of {wanted} in {args.results}, found none")
     for name in found:
         results = json.loads((args.results / f"{name}.json").read_text())
