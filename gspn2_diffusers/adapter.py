@@ -8,6 +8,7 @@ import safetensors
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
 from torch import nn
 
 from .block import GSPN2Block
@@ -15,6 +16,8 @@ from .config import GSPN2Config
 from .families import find_denoiser
 from .fuse import is_fused
 from .sites import Selection, Site, gspn2_sites, select_sites, walk_sites
+
+logger = logging.get_logger(__name__)
 
 # Which rows of a block's weights mean what; to be raised when that changes.
 FORMAT_VERSION = 2
@@ -77,8 +80,9 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
                 that does not fit a layer's width.
         """
         model = find_denoiser(pipe_or_model)
-        chosen = {site.name for site in select_sites(model, sites, keep_attention)}
-        layers = [_layer(site, site.grid) for site in gspn2_sites(model) if site.name in chosen]
+        grids = _native_grids(model)
+        chosen = select_sites(model, sites, keep_attention)
+        layers = [_layer(site, grids.get(site.name)) for site in chosen]
         adapter = cls(type(model).__name__, layers, config.to_dict())
         if inherit:
             for name, block in adapter.blocks_by_site().items():
@@ -199,6 +203,18 @@ def save_gspn2(
         TypeError, ValueError: unsupported model, no layer is patched, or the blocks are fused.
     """
     GSPN2Adapter.of_patched(pipe_or_model).save_pretrained(folder, **kwargs)
+
+
+def _native_grids(model: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """Grids of the layers at the model's own size; none where a pass without data does not run."""
+    try:
+        return {site.name: site.grid for site in gspn2_sites(model)}
+    except Exception as error:  # a model may want inputs of kinds that its family does not know
+        logger.warning(
+            f"The grids of {type(model).__name__} at its own size are unknown ({error}): "
+            "its blocks do not adapt to other sizes."
+        )
+        return {}
 
 
 def _layer(site: Site, grid: tuple[int, int] | None) -> dict:

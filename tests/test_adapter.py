@@ -92,6 +92,11 @@ def test_blocks_know_the_native_grid_of_their_layer_after_loading(sidecar, tmp_p
     assert [b.native_grid for b in again.blocks] == list(grids.values())
 
 
+def test_a_model_whose_grids_cannot_be_found_without_data_is_patched_all_the_same():
+    model = apply_gspn2(tiny_unet(num_class_embeds=4), GSPN2Config())
+    assert {block.native_grid for block in GSPN2Adapter.of_patched(model).blocks} == {None}
+
+
 def test_weights_from_before_grids_were_kept_load_and_leave_lam_alone(sidecar):
     config = json.loads((sidecar / "config.json").read_text())
     for layer in config["layers"]:
