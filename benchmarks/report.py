@@ -17,6 +17,7 @@ from rich.table import Table
 
 import gspn2_diffusers
 from gspn2_diffusers.doctor import CUPY_DISTRIBUTIONS
+from gspn2_diffusers.hardware import device_name
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = {
@@ -54,19 +55,6 @@ def installed_version(*packages: str) -> str | None:
         except PackageNotFoundError:
             pass
     return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it, else as Python does."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def driver_version() -> str | None:

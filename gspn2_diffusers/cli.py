@@ -242,8 +242,8 @@ def evaluate(
     Prints a table; writes results.json and one sheet of images per size.
     """
     texts = _read_prompts(prompt, prompts)
-    sidecars = _name_sidecars(weights or [])
     terminal.quiet_libraries()
+    sidecars = _name_sidecars(weights or [])
     from gspn2_diffusers import evaluation
     from gspn2_diffusers.pipelines import load_pipeline
 
@@ -338,10 +338,9 @@ def _name_sidecars(weights: list[str]) -> dict[str, str]:
     """Weights by the last part of their path, or by all of it where these are alike."""
     if len(set(weights)) != len(weights):
         raise ValueError("--weights: expected different weights, got the same ones twice")
-    names = [Path(place).name or place for place in weights]
-    if len(set(names)) != len(names):
-        names = weights
-    return dict(zip(names, weights, strict=True))
+    from gspn2_diffusers.evaluation import name_weights
+
+    return name_weights(weights)
 
 
 def _file_name(index: int, prompt: str) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from gspn2_diffusers import apply_gspn2
 from gspn2_diffusers.comparison import draw_comparison
+from gspn2_diffusers.hardware import synchronize
 from gspn2_diffusers.pipelines.generation import seeded
 from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.shipped import shipped_folder
@@ -189,16 +190,11 @@ def _score(
 @contextmanager
 def _timed(times: StageTimes, stage: str) -> Iterator[None]:
     """Set one stage's seconds, with the GPU's queue emptied at both ends."""
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     yield
-    _synchronize()
+    synchronize()
     setattr(times, stage, time.perf_counter() - start)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _step_counter(name: str, steps: int, progress: Progress | None) -> Callable[..., dict]:

@@ -26,12 +26,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from gspn2_diffusers.pipelines.generation import seeded
+from gspn2_diffusers.pipelines.generation import literal_options, seeded
 
 from .adapter import GSPN2Adapter
 from .comparison import draw_comparison
 from .doctor import CUPY_DISTRIBUTIONS, LIBRARIES
 from .families import find_denoiser
+from .hardware import device_name, synchronize
 from .image_metrics import ClipJudge, FidJudge, Judge, to_bytes
 from .kernels.backends import check_backend, resolve_backend
 from .patch import apply_gspn2, remove_gspn2
@@ -273,10 +274,6 @@ def _draw(
     steps: int | None = None,
 ) -> list[Image.Image] | Tensor:
     """Pictures of a batch whose first prompt is number `begin`."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    # PixArt would draw a size of its own and resize it, and read prompts by what is installed.
-    options = {name: False for name in ("use_resolution_binning", "clean_caption")}
-    options = {name: value for name, value in options.items() if name in accepted}
     return pipe(
         prompts,
         height=resolution,
@@ -285,7 +282,7 @@ def _draw(
         guidance_scale=settings.guidance_scale,
         generator=[seeded(settings.seed + begin + index) for index in range(len(prompts))],
         output_type=output_type,
-        **options,
+        **literal_options(pipe),
     ).images
 
 
@@ -293,17 +290,12 @@ def _draw(
 def _stopwatch() -> Iterator[Callable[[], float]]:
     """Yields a function that tells the seconds inside, with the GPU's queue emptied at both
     ends."""
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     seconds = []
     yield lambda: seconds[0]
-    _synchronize()
+    synchronize()
     seconds.append(time.perf_counter() - start)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _metric_device(pipe: DiffusionPipeline) -> torch.device:
@@ -454,6 +446,13 @@ def _check_request(
         raise ValueError(f"expected a sidecar's name other than the teacher's, got {TEACHER!r}")
 
 
+def name_weights(sources: Sequence[str]) -> dict[str, str]:
+    """Folders or hub ids of weights by the last part of their paths, or whole where parts equal."""
+    parts = [Path(source).name for source in sources]
+    unique = len(set(parts)) == len(parts)
+    return dict(zip(parts if unique else sources, sources, strict=True))
+
+
 def write_results(
     path: str | os.PathLike,
     rows: Sequence[EvaluationRow],
@@ -483,17 +482,10 @@ def describe_hardware(device: torch.device) -> dict[str, object]:
     on_cuda = device.type == "cuda"
     return {
         "device": device.type,
-        "name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "name": device_name(device),
         "threads": None if on_cuda else torch.get_num_threads(),
         "cuda": torch.version.cuda if on_cuda else None,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -57,6 +57,13 @@ def generate_images(
     return images
 
 
+def literal_options(pipe: DiffusionPipeline) -> dict[str, bool]:
+    """Options of a call that make PixArt draw the size it is asked for, and read prompts as they
+    are whether or not the packages that clean them are installed; others need none."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in accepted}
+
+
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator: the same seed gives the same noise whatever device the pipeline is on."""
     return torch.Generator("cpu").manual_seed(seed)

@@ -6,7 +6,6 @@ them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.pipelines.generation import literal_options
 
 _IMAGES_FOR_ENTROPY = 8
 
@@ -90,13 +90,6 @@ def attention_report(
         for key in ("entropy", "between_tokens")
     }
     return report
-
-
-def literal_options(pipe: DiffusionPipeline) -> dict[str, bool]:
-    """Options of a call that make PixArt draw the size it is asked for, and read prompts as they
-    are whether or not the packages that clean them are installed; others need none."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in accepted}
 
 
 @dataclass

@@ -18,9 +18,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from gspn2_diffusers import GSPN2Adapter, apply_gspn2, remove_gspn2
+from gspn2_diffusers.evaluation import name_weights
+from gspn2_diffusers.pipelines.generation import literal_options
 from gspn2_diffusers.pipelines.loading import load_pipeline
 
-from .attention_report import attention_report, literal_options, mean_ablation
+from .attention_report import attention_report, mean_ablation
 from .captions import caption
 from .data import Renderer, held_out_scenes
 from .models import WEIGHTS
@@ -298,13 +300,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict]:
     if args.output is not None:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
     return results
-
-
-def name_weights(sources: Sequence[str]) -> dict[str, str]:
-    """Folders or hub ids of weights by the last part of their paths, or whole where parts equal."""
-    parts = [Path(source).name for source in sources]
-    unique = len(set(parts)) == len(parts)
-    return dict(zip(parts if unique else sources, sources, strict=True))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import diffusers
 import torch
 
 import gspn2_diffusers
+
+from ..hardware import device_name
 
 _HEADER = """\
 ---
@@ -72,10 +73,8 @@ def write_card(
 
 
 def _hardware(device: torch.device, processes: int, seconds: float) -> dict[str, object]:
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or device.type
     return {
-        "hardware": f"{processes} x {name}",
+        "hardware": f"{processes} x {device_name(device)}",
         "minutes of training": f"{seconds / 60:.1f}",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
