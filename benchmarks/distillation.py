@@ -38,15 +38,16 @@ from rich.table import Table
 from torch import nn
 
 from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2, gspn2_sites
+from gspn2_diffusers.conditioning import native_resolution
 from gspn2_diffusers.distillation.batches import Batches, split_rows
 from gspn2_diffusers.distillation.cache import LatentCache, build_cache
 from gspn2_diffusers.distillation.losses import Distillation, LossWeights
-from gspn2_diffusers.distillation.noising import Noising
 from gspn2_diffusers.distillation.sources import TinyScenes
-from gspn2_diffusers.distillation.teacher import TeacherEncoder, native_resolution
+from gspn2_diffusers.distillation.teacher import TeacherEncoder
 from gspn2_diffusers.distillation.trainer import Trainer, TrainingOptions
 from gspn2_diffusers.distillation.validation import Validation
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.tiny_scenes.models import WEIGHTS
 from gspn2_diffusers.tiny_scenes.score import Exam, prepare_exam, score

@@ -18,11 +18,12 @@ from report import device_name, number, show, table, write_results
 from torch import Tensor
 
 from gspn2_diffusers import GSPN2Adapter, apply_gspn2
+from gspn2_diffusers.conditioning import native_resolution
 from gspn2_diffusers.distillation.batches import Batch
 from gspn2_diffusers.distillation.losses import Distillation
-from gspn2_diffusers.distillation.noising import Noising
-from gspn2_diffusers.distillation.teacher import TeacherEncoder, native_resolution
+from gspn2_diffusers.distillation.teacher import TeacherEncoder
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.tiny_scenes import caption, sample_scenes
 from gspn2_diffusers.tiny_scenes.data import Renderer, to_bytes

@@ -41,12 +41,12 @@ from torch import Tensor, nn
 from unet import random_adapter
 
 from gspn2_diffusers import GSPN2Config, apply_gspn2, checkpoint_with_grid, softmax_attention
+from gspn2_diffusers.conditioning import denoiser_inputs, predict
 from gspn2_diffusers.distillation.batches import Batch, Batches, Share, split_rows
 from gspn2_diffusers.distillation.losses import Distillation
-from gspn2_diffusers.distillation.noising import Noising
-from gspn2_diffusers.distillation.teacher import denoiser_inputs, predict
 from gspn2_diffusers.distillation.trainer import Trainer, TrainingOptions
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 
 GOAL_RATIO = 1.3
 GOAL_GB = 40.0

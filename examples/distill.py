@@ -27,6 +27,7 @@ from huggingface_hub import create_repo, upload_folder
 from safetensors.torch import load_file, save_file
 
 from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2, checkpoint_with_grid
+from gspn2_diffusers.conditioning import native_resolution, size_step
 from gspn2_diffusers.distillation.batches import Batches, Share, split_rows
 from gspn2_diffusers.distillation.buckets import make_buckets
 from gspn2_diffusers.distillation.cache import LatentCache, build_cache
@@ -34,7 +35,6 @@ from gspn2_diffusers.distillation.card import write_card
 from gspn2_diffusers.distillation.log import progress_reporter
 from gspn2_diffusers.distillation.lora import add_lora, save_lora
 from gspn2_diffusers.distillation.losses import STAGES, Distillation, LossWeights
-from gspn2_diffusers.distillation.noising import Noising
 from gspn2_diffusers.distillation.sources import (
     HubDataset,
     ImageFolder,
@@ -44,10 +44,11 @@ from gspn2_diffusers.distillation.sources import (
     TinyScenes,
     WebDatasetShards,
 )
-from gspn2_diffusers.distillation.teacher import TeacherEncoder, native_resolution, size_step
+from gspn2_diffusers.distillation.teacher import TeacherEncoder
 from gspn2_diffusers.distillation.trainer import Trainer, TrainingOptions
 from gspn2_diffusers.distillation.validation import Validation
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 from gspn2_diffusers.pipelines.loading import DTYPES, load_pipeline
 
 LOSS_TERMS = ("output", "layer", "block", "base", "guided")

@@ -83,6 +83,7 @@ class GSPN2Attention(stock.Attention):
     """
 
     gspn2_enabled = True  # False on an instance: softmax attention, as if unpatched
+    gspn2_min_tokens = 0  # softmax attention for fewer tokens than this
 
     def forward(
         self,
@@ -93,7 +94,7 @@ class GSPN2Attention(stock.Attention):
         grid: Sequence[int] | None = None,
         **cross_attention_kwargs,
     ) -> Tensor:
-        if not self.gspn2_enabled:
+        if not self.gspn2_enabled or _count_tokens(hidden_states) < self.gspn2_min_tokens:
             if temb is not None:
                 cross_attention_kwargs["temb"] = temb
             return super().forward(
@@ -111,6 +112,13 @@ class GSPN2Attention(stock.Attention):
         return GSPN2AttnProcessor()(
             self, hidden_states, encoder_hidden_states, attention_mask, temb, grid
         )
+
+
+def _count_tokens(hidden_states: Tensor) -> int:
+    """N of tokens ``[B, N, C]`` or of a map ``[B, C, H, W]``."""
+    if hidden_states.ndim == 4:
+        return hidden_states.shape[2] * hidden_states.shape[3]
+    return hidden_states.shape[1]
 
 
 # The class a layer of each attention class becomes; exact types, subclasses compute otherwise.

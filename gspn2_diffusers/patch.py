@@ -1,10 +1,11 @@
 """Put GSPN-2 blocks into a model, take them out, or switch them off for a while."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
@@ -12,6 +13,7 @@ from torch import nn
 
 from .adapter import GSPN2Adapter
 from .attention import PATCHED_CLASSES
+from .block import GSPN2Block
 from .config import GSPN2Config
 from .families import find_denoiser
 from .grid import attach_grid_hook, detach_grid_hook
@@ -32,6 +34,7 @@ def apply_gspn2(
     sites: Selection | None = None,
     keep_attention: Selection | None = None,
     drop_attention: bool = False,
+    min_tokens: int | Literal["native"] = 0,
     backend: str = "auto",
 ) -> PipeOrModel:
     """Replace self-attention by GSPN-2 blocks, in place. An earlier patch is undone first.
@@ -46,6 +49,9 @@ def apply_gspn2(
         keep_attention: layers to leave as attention, chosen in the same ways.
         drop_attention: delete the query, key, value and output projections that the blocks
             replace, to save memory. The model can then no longer be unpatched or saved whole.
+        min_tokens: a layer computes its own softmax attention for fewer tokens than this, chosen
+            anew in every forward pass; "native": for as many as it has at the model's own size,
+            or fewer. It is not saved with the blocks.
         backend: what runs the blocks' scans: the "cuda" kernels, plain "torch", or "auto", the
             former where they can run and the latter elsewhere. It is not saved with the blocks.
 
@@ -54,10 +60,12 @@ def apply_gspn2(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: unsupported model, selection that matches nothing, unknown backend, weights that
-            are damaged or belong to another model. The model is then as it was before.
+        ValueError: unsupported model, selection that matches nothing, unknown backend, min_tokens
+            that does not fit, weights that are damaged or belong to another model. The model is
+            then as it was before.
     """
     check_backend(backend)
+    _check_min_tokens(min_tokens, drop_attention)
     model = find_denoiser(pipe_or_model)
     _check_restorable(model)
     if isinstance(weights_or_config, GSPN2Config):
@@ -70,14 +78,16 @@ def apply_gspn2(
         chosen = adapter.select(model, sites, keep_attention)
         _check_swappable(model, chosen)
 
-    remove_gspn2(model)
     blocks = adapter.blocks_by_site()
+    fewest = {name: _min_tokens_of(name, blocks[name], min_tokens) for name in chosen}
+    remove_gspn2(model)
     owners: dict[str, list[str]] = {}
     for name, owner_name, attn in walk_sites(model):
         if name in chosen:
             owners.setdefault(owner_name, []).append(name.removeprefix(owner_name).lstrip("."))
             blocks[name].backend = backend
             _swap(attn, blocks[name], drop_attention)
+            attn.gspn2_min_tokens = fewest[name]
     for owner_name, names in owners.items():
         attach_grid_hook(model.get_submodule(owner_name), names)
     return pipe_or_model
@@ -96,7 +106,8 @@ def remove_gspn2(pipe_or_model: PipeOrModel) -> PipeOrModel:
     for _, owner_name, attn in list(walk_sites(model)):
         if is_patched(attn):
             del attn.gspn2
-            attn.__dict__.pop("gspn2_enabled", None)
+            for name in ("gspn2_enabled", "gspn2_min_tokens"):
+                attn.__dict__.pop(name, None)
             attn.__class__ = originals[type(attn)]
             detach_grid_hook(model.get_submodule(owner_name))
     return pipe_or_model
@@ -140,6 +151,30 @@ def _swap(attn: Attention, block: nn.Module, drop_attention: bool) -> None:
         for name in ("to_q", "to_k", "to_v"):
             delattr(attn, name)
         attn.to_out[0] = nn.Identity()
+
+
+def _check_min_tokens(min_tokens: int | str, drop_attention: bool) -> None:
+    if min_tokens != "native" and (not isinstance(min_tokens, int) or min_tokens < 0):
+        raise ValueError(
+            "min_tokens: expected a number of tokens of at least 0, or 'native', "
+            f"got {min_tokens!r}"
+        )
+    if min_tokens and drop_attention:
+        raise ValueError(
+            f"min_tokens: expected 0 with drop_attention=True, which leaves no softmax attention, "
+            f"got {min_tokens!r}"
+        )
+
+
+def _min_tokens_of(site: str, block: GSPN2Block, min_tokens: int | str) -> int:
+    if min_tokens != "native":
+        return min_tokens
+    if block.native_grid is None:
+        raise ValueError(
+            f"min_tokens: expected a number of tokens, got 'native': the weights do not say what "
+            f"{site} has at the model's own size"
+        )
+    return math.prod(block.native_grid) + 1
 
 
 def _load_adapter(weights: str | os.PathLike | GSPN2Adapter) -> GSPN2Adapter:

@@ -272,3 +272,62 @@ def test_the_cuda_backend_raises_where_it_cannot_run_while_auto_falls_back():
         run(model)
     images = [run(apply_gspn2(model, adapter, backend=name)) for name in ("auto", "torch")]
     assert torch.equal(*images)
+
+
+def test_layers_with_few_tokens_compute_their_own_attention():
+    plain, model = tiny_unet().eval(), patched(tiny_unet()).eval()
+    config = model.config
+    weights = GSPN2Adapter.of_patched(model)
+    apply_gspn2(model, weights, min_tokens=17)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".gspn2." not in k})
+    grids = {site.name: site.grid for site in gspn2_sites(model)}
+    seen = set()
+    for name, module in model.named_modules():
+        if hasattr(module, "gspn2"):
+            few = grids[name][0] * grids[name][1] < 17
+            tokens = torch.randn(1, *(grids[name][0] * grids[name][1], module.query_dim))
+            own = plain.get_submodule(name)(tokens)
+            assert torch.equal(module(tokens, grid=grids[name]), own) == few, name
+            seen.add(few)
+    assert seen == {True, False}, f"expected layers of both kinds in {config.sample_size}"
+
+
+def test_min_tokens_native_keeps_attention_up_to_the_models_own_size():
+    model = patched(tiny_unet()).eval()
+    native, larger = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 12, 8)
+    text = torch.randn(1, 3, 32)
+    weights = GSPN2Adapter.of_patched(model)
+    scans = {name: model(x, 10, text).sample for name, x in {"n": native, "l": larger}.items()}
+    apply_gspn2(model, weights, min_tokens="native")
+    with softmax_attention(model):
+        own = model(native, 10, text).sample
+    assert torch.equal(model(native, 10, text).sample, own)
+    assert not torch.equal(own, scans["n"])
+    assert torch.equal(model(larger, 10, text).sample, scans["l"])
+    remove_gspn2(model)
+    assert not any("gspn2_min_tokens" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"min_tokens": -1}, "at least 0, or 'native', got -1"),
+     ({"min_tokens": "all"}, "got 'all'"),
+     ({"min_tokens": 5, "drop_attention": True}, "drop_attention")],
+)  # fmt: skip
+def test_min_tokens_that_cannot_be_met_leave_the_model_alone(options, message):
+    model = tiny_unet()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message):
+        apply_gspn2(model, GSPN2Config(), **options)
+    assert_same(before, fingerprint(model))
+
+
+def test_the_number_of_tokens_chooses_inside_a_compiled_model():
+    model = patched(tiny_unet()).eval()
+    apply_gspn2(model, GSPN2Adapter.of_patched(model), min_tokens="native")
+    text = torch.randn(1, 3, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in ((8, 8), (12, 8), (8, 8)):
+        x = torch.randn(1, 4, *size)
+        expected = model(x, 10, text).sample
+        torch.testing.assert_close(compiled(x, 10, text).sample, expected)

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..conditioning import denoiser_inputs, predict
+from ..noising import Levels, Noising
 from ..patch import softmax_in
 from .batches import Batch
 from .lora import lora_layers, without_lora
-from .noising import Levels, Noising
 from .observe import Observer
-from .teacher import denoiser_inputs, predict
 
 STAGES = ("teacher_forcing", "end_to_end", "curriculum")
 

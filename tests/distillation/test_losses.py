@@ -7,11 +7,11 @@ from tiny_models import awaken
 from tiny_teachers import FAMILIES, patched_pipeline, random_batch
 
 from gspn2_diffusers import checkpoint_with_grid, softmax_attention
+from gspn2_diffusers.conditioning import denoiser_inputs, predict
 from gspn2_diffusers.distillation.lora import add_lora, lora_layers
 from gspn2_diffusers.distillation.losses import Distillation, LossWeights
-from gspn2_diffusers.distillation.noising import Noising
-from gspn2_diffusers.distillation.teacher import denoiser_inputs, predict
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 
 
 def build(family="sd", **weights):

@@ -5,16 +5,11 @@ import torch
 from tiny_teachers import FAMILIES, random_batch, teacher_pipeline
 from transformers import T5Config, T5EncoderModel
 
-from gspn2_diffusers.distillation.noising import Noising
-from gspn2_diffusers.distillation.teacher import (
-    TeacherEncoder,
-    denoiser_inputs,
-    fingerprint,
-    native_resolution,
-    predict,
-    size_step,
-)
+from gspn2_diffusers.conditioning import denoiser_inputs, native_resolution, predict, size_step
+from gspn2_diffusers.distillation.teacher import TeacherEncoder
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.fingerprint import fingerprint
+from gspn2_diffusers.noising import Noising
 
 SIZES = torch.tensor([[40, 36, 2, 0, 32, 32]])
 

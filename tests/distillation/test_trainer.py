@@ -15,9 +15,9 @@ from gspn2_diffusers.distillation.checkpoints import (
     write_checkpoint,
 )
 from gspn2_diffusers.distillation.losses import Distillation
-from gspn2_diffusers.distillation.noising import Noising
 from gspn2_diffusers.distillation.trainer import DivergedError, Trainer, TrainingOptions
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 
 
 class Fresh:

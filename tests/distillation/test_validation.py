@@ -7,9 +7,9 @@ from tiny_models import awaken
 from tiny_teachers import patched_pipeline, random_batch
 
 from gspn2_diffusers.distillation.losses import Distillation
-from gspn2_diffusers.distillation.noising import Noising
 from gspn2_diffusers.distillation.validation import Validation
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 
 
 class Rows:

@@ -7,8 +7,8 @@ from tiny_teachers import FAMILIES, patched_pipeline, random_batch
 
 from gspn2_diffusers.distillation.batches import Batch
 from gspn2_diffusers.distillation.losses import Distillation, LossWeights
-from gspn2_diffusers.distillation.noising import Noising
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.noising import Noising
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""Noise levels and targets of training, read from a pipeline's scheduler."""
+"""Noise levels, and what a denoiser answers at them, read from a pipeline's scheduler."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ class Noising(nn.Module):
         index = (quantiles * len(self.timesteps)).long().clamp(max=last)
         return Levels(self.timesteps[index], self.signal[index], self.noise[index])
 
+    def level_at(self, timestep: Tensor | float) -> Levels:
+        """The level of one timestep of a sampler, ``[1]`` each; between entries, interpolated."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.timesteps.device)
+        known = self.timesteps.float()
+        above = torch.searchsorted(known, timestep.clamp(known[0], known[-1])).clamp(min=1)
+        share = (timestep - known[above - 1]) / (known[above] - known[above - 1])
+        signal, noise = (
+            torch.lerp(table[above - 1], table[above], share.clamp(0, 1)).reshape(1)
+            for table in (self.signal, self.noise)
+        )
+        return Levels(timestep.reshape(1), signal, noise)
+
     def mix(self, latents: Tensor, noise: Tensor, levels: Levels) -> Tensor:
         """Noisy latents ``[n, c, h, w]``."""
         return _per_image(levels.signal) * latents + _per_image(levels.noise) * noise
@@ -68,6 +80,26 @@ class Noising(nn.Module):
         if self.prediction_type == "flow_prediction":
             return noise - latents
         return _per_image(levels.signal) * noise - _per_image(levels.noise) * latents
+
+    def clean(self, noisy: Tensor, answer: Tensor, levels: Levels) -> Tensor:
+        """The latents ``[n, c, h, w]`` that a denoiser's answer to `noisy` stands for."""
+        signal, noise = _per_image(levels.signal), _per_image(levels.noise)
+        if self.prediction_type == "epsilon":
+            return (noisy - noise * answer) / signal.clamp(min=1e-4)
+        if self.prediction_type == "sample":
+            return answer
+        if self.prediction_type == "flow_prediction":
+            return noisy - noise * answer
+        return signal * noisy - noise * answer
+
+    def moved(self, answer: Tensor, change: Tensor, levels: Levels) -> Tensor:
+        """The answer which stands for latents that differ by `change` from those of `answer`."""
+        signal, noise = _per_image(levels.signal), _per_image(levels.noise)
+        if self.prediction_type == "sample":
+            return answer + change
+        if self.prediction_type == "epsilon":
+            return answer - signal / noise.clamp(min=1e-4) * change
+        return answer - change / noise.clamp(min=1e-4)
 
     def min_snr_weights(self, levels: Levels, gamma: float) -> Tensor:
         """Loss weights ``[n]`` of min-SNR-gamma (arXiv 2303.09556) for this prediction type.

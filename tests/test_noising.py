@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from gspn2_diffusers.distillation.noising import Noising
+from gspn2_diffusers.noising import Noising
 
 LATENTS, NOISE = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 QUANTILES = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
@@ -65,3 +65,29 @@ def test_an_unknown_prediction_type_is_refused():
     scheduler.register_to_config(prediction_type="score")
     with pytest.raises(ValueError, match="expected a scheduler .* got 'score'"):
         Noising(scheduler)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_clean_latents_are_read_from_an_answer_and_changed_in_it(kind):
+    flow = kind == "flow_prediction"
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler(prediction_type=kind)
+    noising = Noising(scheduler)
+    levels = noising.levels(torch.tensor([0.05, 0.3, 0.5, 0.7, 0.9]))
+    noisy, answer = (f(LATENTS, NOISE, levels) for f in (noising.mix, noising.target))
+    torch.testing.assert_close(noising.clean(noisy, answer, levels), LATENTS, rtol=1e-3, atol=1e-4)
+    change = 0.1 * NOISE.flip(0)
+    moved = noising.moved(answer, change, levels)
+    expected = LATENTS + change
+    torch.testing.assert_close(noising.clean(noisy, moved, levels), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_levels_between_the_timesteps_of_training_are_interpolated(flow):
+    noising = Noising(FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler())
+    middle = (noising.timesteps[400] + noising.timesteps[401]) / 2
+    level = noising.level_at(middle)
+    for found, table in ((level.signal, noising.signal), (level.noise, noising.noise)):
+        assert found.item() == pytest.approx(table[400:402].mean().item(), rel=1e-6)
+    exact = noising.level_at(noising.timesteps[7])
+    assert exact.noise.item() == pytest.approx(noising.noise[7].item(), rel=1e-6)
+    assert noising.level_at(torch.tensor(5000.0)).noise.item() == noising.noise[-1].item()
