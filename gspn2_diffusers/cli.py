@@ -14,6 +14,8 @@ from gspn2_diffusers import terminal
 
 # Width of generated file names, in characters of the prompt.
 STEM_LENGTH = 40
+# Pictures with a longer side are written as TIFF unless a file is named.
+LARGEST_PNG = 8192
 
 app = typer.Typer(
     name="gspn2",
@@ -31,6 +33,13 @@ class BackendName(str, Enum):
     auto = "auto"
     cuda = "cuda"
     torch = "torch"
+
+
+class UpsampleName(str, Enum):
+    """`gspn2_diffusers.pipelines.highres.UPSAMPLING`, without importing torch."""
+
+    pixel = "pixel"
+    latent = "latent"
 
 
 class MetricName(str, Enum):
@@ -65,6 +74,12 @@ Height = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_defau
 Width = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")]
 
 
+Vram = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="GiB of the GPU to use.", show_default="what is free"),
+]
+
+
 def _examples(*commands: str) -> str:
     # An empty line is what the help prints as a line's end.
     return "\n\n".join(["[bold]Examples[/]", *(f"  [cyan]{command}[/]" for command in commands)])
@@ -97,13 +112,18 @@ def demo(
         bool, typer.Option("--score", help="Also score both by the attribute probe.")
     ] = False,
     scenes: Annotated[int, typer.Option(min=2, help="Scenes that --score generates.")] = 64,
+    large: Annotated[
+        bool, typer.Option(help="Also draw one picture at 4 times the training size.")
+    ] = True,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     backend: Backend = BackendName.auto,
 ) -> None:
     """Compare softmax self-attention and GSPN-2 on Tiny Scenes, the pipeline that comes along.
 
-    Writes comparison.png and the single images, and prints what each stage took. Works offline.
+    Writes comparison.png and the single images, and large.png: one picture at
+    four times the training size, by the high-resolution pipeline and drawn at
+    once. Prints what each stage took. Works offline.
     """
     terminal.quiet_libraries()
     from gspn2_diffusers.demo import run_demo
@@ -119,11 +139,15 @@ def demo(
             dtype=dtype,
             backend=backend.value,
             score_scenes=scenes if score else 0,
+            large=large,
             progress=_TaskPerName(bar),
         )
     terminal.stdout.print(terminal.times_table(result.times))
     if score:
         terminal.stdout.print(terminal.scores_table(result.scores))
+    if result.large_comparison is not None:
+        terminal.stdout.print(terminal.seconds_table("Seconds for large.png", result.large_seconds))
+        terminal.print_line(str(result.large_comparison))
     terminal.print_line(str(result.comparison))
 
 
@@ -308,6 +332,161 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog=_examples(
+        "gspn2 highres 'a large red spotted ball by a lake' --size 1024x1024",
+        "gspn2 highres 'a lake' --model ./my-pipeline --weights ./my-gspn2 --size 4096",
+        "gspn2 highres 'a ridge' --model owner/model --weights owner/gspn2 "
+        "--size 16384x4096 -o ridge.tif",
+    )
+)
+def highres(
+    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
+    size: Annotated[
+        str, typer.Option(help="WIDTHxHEIGHT in pixels, or the side of a square.")
+    ] = "1024x1024",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Pipeline: a folder, or a hub id.", show_default="Tiny Scenes"),
+    ] = None,
+    weights: Weights = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help=".png, .jpg, .webp or .tif.", show_default="in outputs/"
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture to start from, of its shape.", show_default=False),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to lead away from.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the first stage.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(help="Of the first stage.")] = 5.0,
+    upper_guidance_scale: Annotated[
+        float, typer.Option(help="Of the others; 1: none, half the time.")
+    ] = 1.0,
+    dilated_steps: Annotated[
+        float, typer.Option(min=0, max=1, help="Part of the others with dilated convolutions.")
+    ] = 0.0,
+    upsample: Annotated[
+        UpsampleName, typer.Option(help="Where stages are enlarged.")
+    ] = UpsampleName.pixel,
+    reuse: Annotated[
+        int, typer.Option(min=1, help="Last stage: steps that share deep features.")
+    ] = 1,
+    vram: Vram = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = BackendName.auto,
+) -> None:
+    """Generate a picture of any size, stage by stage.
+
+    Latents of finished stages are kept beside the output until it is written;
+    the same command goes on from them. Prints the path of the picture.
+    """
+    width, height = _read_size(size)
+    terminal.quiet_libraries()
+    import shutil
+
+    import torch
+    from PIL import Image
+
+    from gspn2_diffusers.pipelines import HighResPipeline, load_pipeline
+    from gspn2_diffusers.shipped import shipped_folder
+
+    if model is None:
+        model, weights = str(shipped_folder("pipeline")), weights or str(shipped_folder("gspn2"))
+    path = output or Path("outputs") / _large_file_name(prompt, height, width)
+    start = None if image is None else Image.open(image)
+    pipe = load_pipeline(model, weights=weights, dtype=dtype, device=device, backend=backend.value)
+    kept = path.with_name(path.name + ".stages")
+    with terminal.progress_bar(remaining=True) as bar:
+        result = HighResPipeline(pipe)(
+            prompt,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            image=start,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            upper_guidance_scale=upper_guidance_scale,
+            dilated_steps=dilated_steps,
+            upsample=upsample.value,
+            generator=torch.Generator().manual_seed(seed),
+            vram=None if vram is None else int(vram * 2**30),
+            reuse=reuse,
+            keep=kept,
+            resume=True,
+            output=path,
+            metadata={"seed": str(seed), "model": model, "weights": weights or "none"},
+            progress=_TaskPerName(bar),
+        )
+    shutil.rmtree(kept)
+    terminal.stdout.print(
+        terminal.seconds_table("Time", {**result.seconds, "total": sum(result.seconds.values())})
+    )
+    terminal.print_line(str(result.path))
+
+
+@app.command(
+    epilog=_examples(
+        "gspn2 plan ./my-pipeline --size 16384x16384 --vram 24",
+        "gspn2 plan owner/model --weights ./my-gspn2 --size 8192 --card 'RTX 4090'",
+    )
+)
+def plan(
+    model: Model,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or the side of a square.")],
+    weights: Weights = None,
+    vram: Vram = None,
+    card: Annotated[
+        str | None,
+        typer.Option(help="GPU whose speed is taken.", show_default="the one here"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the first stage.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(help="Of the first stage.")] = 5.0,
+    upper_guidance_scale: Annotated[
+        float, typer.Option(help="Of the others; 1: none, half the time.")
+    ] = 1.0,
+    upsample: Annotated[
+        UpsampleName, typer.Option(help="Where stages are enlarged.")
+    ] = UpsampleName.pixel,
+    reuse: Annotated[
+        int, typer.Option(min=1, help="Last stage: steps that share deep features.")
+    ] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+) -> None:
+    """Say how `gspn2 highres` would fit a picture into a GPU, and its time there.
+
+    Reads configurations only: neither weights nor a GPU are needed.
+    """
+    width, height = _read_size(size)
+    terminal.quiet_libraries()
+    from gspn2_diffusers.pipelines.outlook import look_ahead
+
+    found = look_ahead(
+        model,
+        height,
+        width,
+        weights=weights,
+        vram=None if vram is None else int(vram * 2**30),
+        card=card,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        upper_guidance_scale=upper_guidance_scale,
+        upsample=upsample.value,
+        reuse=reuse,
+        dtype=dtype,
+    )
+    terminal.stdout.print(terminal.plan_table(found))
+    for line in terminal.plan_notes(found):
+        terminal.stdout.print(line, markup=False)
+
+
 class _TaskPerName:
     """Turns calls (name, done, total) into one bar per name."""
 
@@ -346,6 +525,19 @@ def _name_sidecars(weights: list[str]) -> dict[str, str]:
 def _file_name(index: int, prompt: str) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return f"{index:02d}-{words[:STEM_LENGTH].rstrip('-')}.png"
+
+
+def _large_file_name(prompt: str, height: int, width: int) -> str:
+    stem = _file_name(0, prompt).removeprefix("00-").removesuffix(".png") or "picture"
+    return f"{stem}-{width}x{height}{'.png' if max(height, width) <= LARGEST_PNG else '.tif'}"
+
+
+def _read_size(text: str) -> tuple[int, int]:
+    """(width, height) of ``4096`` or ``16384x4096``."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"--size: expected WIDTHxHEIGHT or one side, in pixels, got {text!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,11 @@ from PIL import Image
 
 from gspn2_diffusers import apply_gspn2
 from gspn2_diffusers.comparison import draw_comparison
+from gspn2_diffusers.conditioning import native_resolution
 from gspn2_diffusers.hardware import synchronize
+from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.generation import seeded
+from gspn2_diffusers.pipelines.highres import HighResPipeline
 from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.shipped import shipped_folder
 
@@ -25,7 +29,11 @@ if TYPE_CHECKING:
 
 SOFTMAX = "softmax self-attention"
 GSPN2 = "GSPN-2"
+DIRECT = "drawn at this size at once"
+CASCADE = "high-resolution pipeline"
 GUIDANCE_SCALE = 4.0
+LARGE = 4  # times the training size
+STEPS_AT_ONCE = 12  # at most, of a picture that comes out wrong with more of them as well
 SCORE_BATCH = 16  # images at a time: bounds memory, and paces the progress bar
 
 Progress = Callable[[str, int, int], None]
@@ -54,15 +62,18 @@ class StageTimes:
 
 @dataclass
 class DemoResult:
-    """What `run_demo` wrote and measured; dictionaries go by `SOFTMAX` and `GSPN2`.
+    """What `run_demo` wrote and measured; dictionaries go by `SOFTMAX` and `GSPN2`, those of the
+    large picture by `DIRECT` and `CASCADE`.
 
-    `scores` is empty unless scoring was asked for.
+    `scores` is empty unless scoring was asked for, `large_seconds` if the large picture was not.
     """
 
     comparison: Path
     images: dict[str, list[Path]]
     times: dict[str, StageTimes]
     scores: dict[str, dict] = field(default_factory=dict)
+    large_comparison: Path | None = None
+    large_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_demo(
@@ -76,6 +87,7 @@ def run_demo(
     dtype: torch.dtype | str = torch.float32,
     backend: str = "auto",
     score_scenes: int = 0,
+    large: bool = True,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Generate the prompts by both, and write ``comparison.png`` and the single images to output.
@@ -87,6 +99,8 @@ def run_demo(
         dtype: the models are small enough for float32 everywhere; shorter ones round the latents.
         backend: of the GSPN-2 scan, see `apply_gspn2`.
         score_scenes: scenes to score both runs on by the attribute probe; 0 leaves scoring out.
+        large: also draw the first prompt at four times the training size, by the high-resolution
+            pipeline and at once, and write ``large.png``.
         progress: called with (what is running, done, expected), in steps or in scenes.
 
     Raises:
@@ -118,7 +132,14 @@ def run_demo(
     paths = {name: _save(images[name], output, name) for name in images}
     comparison = output / "comparison.png"
     draw_comparison(images, prompts).save(comparison)
-    return DemoResult(comparison, paths, times, scores)
+    result = DemoResult(comparison, paths, times, scores)
+    if large:
+        drawn, result.large_seconds = _draw_large(
+            pipe, prompts[0], steps, guidance_scale, seed, progress
+        )
+        result.large_comparison = output / "large.png"
+        draw_comparison(drawn, prompts[:1]).save(result.large_comparison)
+    return result
 
 
 def gallery_prompts(count: int = 4) -> list[str]:
@@ -156,6 +177,39 @@ def _generate(
     with _timed(times, "decode"), torch.inference_mode():
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
         return pipe.image_processor.postprocess(decoded, output_type="pil")
+
+
+def _draw_large(
+    pipe: StableDiffusionPipeline,
+    prompt: str,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[dict[str, list[Image.Image]], dict[str, float]]:
+    """Pictures of one prompt at `LARGE` times the training size, and the seconds they took."""
+    side = LARGE * native_resolution(pipe)
+    highres = HighResPipeline(pipe)
+    highres.set_progress_bar_config(disable=True)
+    cascade = highres.default_stages(
+        side, side, num_inference_steps=steps, guidance_scale=guidance_scale, dilated_steps=1.0
+    )
+    at_once = [Stage(side, side, min(steps, STEPS_AT_ONCE), guidance_scale=guidance_scale)]
+    images, seconds = {}, {}
+    for name, stages in {DIRECT: at_once, CASCADE: cascade}.items():
+        result = highres(
+            prompt,
+            stages=stages,
+            softmax_base=name == CASCADE,
+            generator=seeded(seed),
+            progress=None if progress is None else partial(_tell_large, progress, name),
+        )
+        images[name], seconds[name] = result.images, sum(result.seconds.values())
+    return images, seconds
+
+
+def _tell_large(progress: Progress, run: str, part: str, done: int, total: int) -> None:
+    progress(f"{run}: {part}", done, total)
 
 
 def _prepare_exam(pipe: DiffusionPipeline, scenes: int, seed: int) -> Exam:

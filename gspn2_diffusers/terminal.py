@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
     from gspn2_diffusers.demo import StageTimes
     from gspn2_diffusers.doctor import Finding
     from gspn2_diffusers.evaluation import EvaluationRow
+    from gspn2_diffusers.pipelines.planner import Plan
     from gspn2_diffusers.sites import Site
 
 stdout = Console(highlight=False)
@@ -54,13 +62,17 @@ def _print_warning(message: Warning | str, *_: object) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr which is gone when done, and absent where stderr is no terminal."""
+def progress_bar(*, remaining: bool = False) -> Iterator[Progress]:
+    """A bar on stderr which is gone when done, and absent where stderr is no terminal.
+
+    It tells the time that has passed and, with `remaining`, what is left.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *((TextColumn("left"), TimeRemainingColumn(compact=True)) if remaining else ()),
     )
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         yield bar
@@ -140,6 +152,56 @@ _EVALUATION_COLUMNS: dict[str, tuple[tuple[str, Callable[[EvaluationRow], str]],
     "fid": (("FID", lambda row: _number(row.fid)),),
     "clip": (("CLIP", lambda row: _number(row.clip)),),
 }
+
+
+def seconds_table(title: str, seconds: Mapping[str, float]) -> Table:
+    """What each of several things took."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    table.add_column("s", justify="right")
+    for part, taken in seconds.items():
+        table.add_row(part, f"{taken:.1f}")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per stage, and one for decoding."""
+    height, width = plan.height, plan.width
+    table = Table(
+        title=f"{width}x{height} in {_gib(plan.vram_bytes)} GiB of GPU memory",
+        title_justify="left", box=None, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for heading in ("", "size", "steps", "GiB", "s"):
+        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+    table.add_column("how", overflow="fold")
+    for row in plan.rows():
+        high, wide = row["size"]
+        table.add_row(
+            row["what"],
+            f"{wide}x{high}",
+            "" if row["steps"] is None else str(row["steps"]),
+            _gib(row["peak_bytes"]),
+            "-" if row["seconds"] is None else f"{row['seconds']:.3g}",
+            escape(row["how"]),
+        )
+    return table
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What a plan says of the whole run."""
+    time = "" if plan.seconds is None else f", {plan.seconds:.3g} s of computing"
+    notes = [f"Peak {_gib(plan.peak_bytes)} GiB, {_gib(plan.weights_bytes)} of them weights{time}."]
+    if plan.offload_text:
+        notes.append("Text encoders leave the GPU when they have encoded.")
+    if plan.offload_denoiser:
+        notes.append("The denoiser leaves the GPU while the VAE works.")
+    if plan.host_bytes:
+        notes.append(f"{_gib(plan.host_bytes)} GiB of pinned CPU memory for skip connections.")
+    return notes
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.3g}"
 
 
 def sites_table(sites: Sequence[Site]) -> Table:

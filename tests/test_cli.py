@@ -16,7 +16,7 @@ from gspn2_diffusers import cli, doctor, evaluation
 from gspn2_diffusers.doctor import Finding
 from gspn2_diffusers.kernels.backends import BACKENDS
 
-COMMANDS = ("demo", "generate", "evaluate", "info", "doctor")
+COMMANDS = ("demo", "generate", "highres", "plan", "evaluate", "info", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -280,3 +280,68 @@ def test_example_script_patches_a_pipeline(sd_folder, gspn2_folder, tmp_path):
     options = ["--weights", gspn2_folder, "--output", str(output)]
     subprocess.run([sys.executable, str(script), sd_folder, "a cube", *options], check=True)
     assert Image.open(output).size == (32, 32)
+
+
+def test_highres_writes_the_picture_and_clears_up_what_it_kept(
+    sd_folder, gspn2_folder, tmp_path, capsys
+):
+    output = tmp_path / "new" / "a.png"
+    options = ["--size", "96x64", "--model", sd_folder, "--weights", gspn2_folder]
+    assert cli.main(["highres", "a cube", *options, "--steps", "2", "-o", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(output)
+    with Image.open(output) as picture:
+        assert picture.size == (96, 64)
+        assert picture.info["prompt"] == "a cube" and picture.info["seed"] == "0"
+    assert [path.name for path in output.parent.iterdir()] == ["a.png"]
+
+
+def test_highres_goes_on_from_an_interrupted_run(sd_folder, tmp_path, monkeypatch, capsys):
+    from gspn2_diffusers.pipelines import running
+
+    output = tmp_path / "a.png"
+    command = ["highres", "a cube", "--size", "64", "--model", sd_folder, "--steps", "2"]
+    write = running.Run.write
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(running.Run, "write", fail)
+    assert cli.main([*command, "-o", str(output)]) == 1
+    assert "no space left" in capsys.readouterr().err
+    kept = sorted(path.name for path in (tmp_path / "a.png.stages").iterdir())
+    assert kept == ["run.json", "stage-0.safetensors", "stage-1.safetensors"]
+    monkeypatch.setattr(running.Run, "write", write)
+    monkeypatch.setattr(running.Run, "_stage", lambda *_: pytest.fail("it began anew"))
+    assert cli.main([*command, "-o", str(output)]) == 0
+    assert output.is_file() and not (tmp_path / "a.png.stages").exists()
+
+
+@pytest.mark.parametrize("size", ["64y64", "64x", "0x64", "1x2x3"])
+def test_sizes_that_are_none_are_refused(size, sd_folder, capsys):
+    for command in (["highres", "a cube", "--model", sd_folder], ["plan", sd_folder]):
+        assert cli.main([*command, "--size", size]) == 2
+        assert f"got '{size}'" in capsys.readouterr().err
+
+
+def test_plan_prints_a_table_of_80_columns_without_weights(sd_folder, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "configs"
+    shutil.copytree(sd_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ["--size", "1024x512", "--vram", "2", "--card", "RTX 4090"]
+    assert cli.main(["plan", str(folder), *options]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "1024x512" in out and "decode" in out and "Peak" in out
+
+
+def test_plan_says_what_would_fit(sd_folder, capsys):
+    assert cli.main(["plan", sd_folder, "--size", "16384", "--vram", "0.8"]) == 1
+    err = capsys.readouterr().err
+    assert "expected at least" in err and "got 0.8 GiB" in err and "would fit" in err
+
+
+def test_plan_needs_a_card_that_it_knows(sd_folder, capsys):
+    options = ["--size", "64", "--vram", "2", "--card", "abacus"]
+    assert cli.main(["plan", sd_folder, *options]) == 2
+    assert "got 'abacus'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from PIL import Image, ImageFont
 
 from gspn2_diffusers import cli, demo
 from gspn2_diffusers.comparison import draw_comparison, wrap
-from gspn2_diffusers.demo import GSPN2, SOFTMAX, run_demo
+from gspn2_diffusers.demo import CASCADE, DIRECT, GSPN2, SOFTMAX, run_demo
 from gspn2_diffusers.tiny_scenes.probe import Probe
 
 
@@ -44,8 +44,23 @@ def test_demo_repeats_itself_and_the_two_runs_differ(tmp_path):
 
 def test_demo_counts_every_step_of_both_runs(tmp_path):
     calls = []
-    run_demo(tmp_path, ["a cube"], steps=2, progress=lambda *call: calls.append(call))
+    run_demo(tmp_path, ["a cube"], steps=2, large=False, progress=lambda *call: calls.append(call))
     assert calls == [(SOFTMAX, 1, 2), (SOFTMAX, 2, 2), (GSPN2, 1, 2), (GSPN2, 2, 2)]
+
+
+def test_demo_draws_a_picture_four_times_as_large_in_both_ways(tmp_path):
+    calls = []
+    result = run_demo(tmp_path, ["a cube"], steps=2, progress=lambda *call: calls.append(call))
+    assert list(result.large_seconds) == [DIRECT, CASCADE]
+    assert all(seconds > 0 for seconds in result.large_seconds.values())
+    assert Image.open(result.large_comparison).width > 2 * 4 * 32
+    told = [name for name, _, _ in calls if "stage" in name]
+    assert f"{DIRECT}: stage 0, 128x128" in told and f"{CASCADE}: stage 2, 128x128" in told
+
+
+def test_demo_leaves_the_large_picture_out_if_asked_to(tmp_path):
+    result = run_demo(tmp_path, ["a cube"], steps=1, large=False)
+    assert result.large_comparison is None and not (tmp_path / "large.png").exists()
 
 
 def test_demo_scores_both_runs_on_the_same_exam_and_counts_its_scenes(tmp_path):

@@ -14,8 +14,10 @@ from tiny_models import (
     tiny_pixart_pipeline,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
+    tiny_tokenizer,
     tiny_vae,
 )
+from transformers import T5Config, T5EncoderModel
 
 from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2
 from gspn2_diffusers.distillation.batches import Batch
@@ -48,6 +50,16 @@ def patched_pipeline(family: str = "sd") -> tuple[DiffusionPipeline, GSPN2Adapte
     apply_gspn2(pipe, adapter)
     adapter.requires_grad_(True)
     return pipe, adapter
+
+
+def with_text_encoder(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A PixArt pipeline with a small T5 encoder and the other pipelines' tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=T5EncoderModel(config).eval())
+    return pipe
 
 
 def random_batch(family: str = "sd", n: int = 4, size: int = 8, seed: int = 0) -> Batch:

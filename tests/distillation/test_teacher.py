@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from tiny_teachers import FAMILIES, random_batch, teacher_pipeline
-from transformers import T5Config, T5EncoderModel
+from tiny_teachers import FAMILIES, random_batch, teacher_pipeline, with_text_encoder
 
 from gspn2_diffusers.conditioning import denoiser_inputs, native_resolution, predict, size_step
 from gspn2_diffusers.distillation.teacher import TeacherEncoder
@@ -29,18 +28,6 @@ def told_by_pipeline(pipe, *args, **kwargs):
         pipe(*args, num_inference_steps=1, guidance_scale=1.0, **kwargs)
     hook.remove()
     return caught.value.args[0]
-
-
-def with_text_encoder(pipe):
-    """A PixArt pipeline with a small T5 encoder and the other pipelines' tokenizer."""
-    from tiny_models import TEXT_WIDTH, tiny_tokenizer
-
-    tokenizer = tiny_tokenizer()
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
-    pipe.register_modules(tokenizer=tokenizer, text_encoder=T5EncoderModel(config).eval())
-    return pipe
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,432 @@
+"""Plans: what is chosen as memory gets short, what is refused, and whether predictions hold."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from diffusers import AutoencoderKL
+from tiny_models import tiny_dit, tiny_pixart, tiny_sdxl_pipeline, tiny_unet, tiny_vae
+from tiny_teachers import patched_pipeline, teacher_pipeline
+
+from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2, gspn2_sites
+from gspn2_diffusers.families import family_of, find_denoiser
+from gspn2_diffusers.pipelines import ladders, planner
+from gspn2_diffusers.pipelines.cards import card_rates
+from gspn2_diffusers.pipelines.cascade import Stage
+from gspn2_diffusers.pipelines.lean import LeanOptions
+from gspn2_diffusers.pipelines.loading import load_pipeline
+from gspn2_diffusers.pipelines.parts import Parts, outline_parts, weight_bytes, without_data
+from gspn2_diffusers.pipelines.planner import DoesNotFitError, Plan, plan, plan_stages
+from gspn2_diffusers.pipelines.tracing import trace
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+GIB = 2**30
+PLENTY = 2**50
+H100 = card_rates("H100")
+STAGES = (Stage(32, 32, 6), Stage(1024, 512, 4, 0.4))  # of a VAE with 4 pixels per latent pixel
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Pieces and tiles that make a difference to tiny models."""
+    monkeypatch.setattr(ladders, "PIECES", (2**18, 2**16, 2**14))
+    monkeypatch.setattr(ladders, "TILES", (64, 32))
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return Parts.of(patched_pipeline("sdxl")[0])
+
+
+@pytest.fixture(scope="module")
+def large_sdxl(tmp_path_factory):
+    """SDXL as published, patched, from configuration files."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.syspath_prepend(str(BENCHMARKS))
+        unet = importlib.import_module("models").build_sdxl_unet()
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+        layers = [{"name": site.name, "channels": site.channels} for site in gspn2_sites(unet)]
+        adapter = GSPN2Adapter(type(unet).__name__, layers, GSPN2Config().to_dict())
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    unet.save_config(folder / "unet")
+    vae.save_config(folder / "vae")
+    adapter.save_config(folder / "gspn2")
+    return outline_parts(folder, weights=folder / "gspn2")
+
+
+def descent(model, stages, **options) -> list[Plan]:
+    """Plans in less and less memory, down to the last that there is."""
+    plans = [plan_stages(model, stages, PLENTY, **options)]
+    while True:
+        try:
+            plans.append(plan_stages(model, stages, plans[-1].peak_bytes - 1, **options))
+        except DoesNotFitError:
+            return plans
+
+
+# ---- choices
+
+
+def test_less_memory_gives_leaner_plans_and_each_fits(sdxl):
+    plans = descent(sdxl, STAGES, rates=H100)
+    first, last = plans[0], plans[-1]
+    peaks = [found.peak_bytes for found in plans]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(plans) > 6
+    assert not (first.offload_text or first.offload_denoiser or first.decode.tiling)
+    assert all(not stage.split_guidance and stage.lean is None for stage in first.stages)
+    assert last.offload_text and last.offload_denoiser and last.decode.tiling.tile == 32
+    assert last.stages[1].split_guidance and last.stages[1].lean.offload_skips
+    assert last.host_bytes > 0 == first.host_bytes
+    assert first.seconds < last.seconds
+
+
+def test_memory_is_saved_where_it_is_short_and_nowhere_else(sdxl):
+    plans = descent(sdxl, STAGES)
+    assert all(not stage.split_guidance for found in plans[:-1] for stage in found.stages[:1])
+    kept = [found for found in plans if not found.offload_text]
+    # Text encoders stay as long as nothing becomes faster without them.
+    for found in kept:
+        alone = plan_stages(replace(sdxl, others=()), STAGES, found.vram_bytes)
+        assert [stage.thrift for stage in alone.stages] == [s.thrift for s in found.stages]
+
+
+def test_plans_get_pieces_before_they_send_skips_away(sdxl):
+    ways = [found.stages[1] for found in descent(sdxl, STAGES)]
+    lean = list(dict.fromkeys(stage.lean for stage in ways))
+    assert lean[0] is None
+    assert [options.offload_skips for options in lean[1:]] == sorted(
+        options.offload_skips for options in lean[1:]
+    )
+    kept = [options.max_elements for options in lean[1:] if not options.offload_skips]
+    assert kept == sorted(kept, reverse=True) and kept
+    names = [stage.describe() for stage in ways]
+    assert names[0] == "passes together" and "passes one by one" in names
+    assert names[-1].endswith("elements, skips in CPU memory")
+
+
+def test_without_guidance_there_is_one_pass_and_nothing_to_split(sdxl):
+    stages = [replace(stage, guidance_scale=1.0) for stage in STAGES]
+    plans = descent(sdxl, stages, rates=H100)
+    assert not any(s.split_guidance or s.guidance for found in plans for s in found.stages)
+    guided = plan_stages(sdxl, STAGES, PLENTY, rates=H100)
+    assert plans[0].stages[1].peak_bytes < guided.stages[1].peak_bytes
+    assert plans[0].stages[1].seconds < guided.stages[1].seconds
+
+
+def test_a_batch_of_pictures_needs_more(sdxl):
+    one, three = (plan_stages(sdxl, STAGES, PLENTY, batch=n, rates=H100) for n in (1, 3))
+    assert three.stages[1].peak_bytes > one.stages[1].peak_bytes
+    assert three.decode.seconds == pytest.approx(3 * one.decode.seconds)
+
+
+def test_transformers_feed_their_tokens_in_chunks(monkeypatch):
+    pipe = patched_pipeline("pixart")[0]
+    plans = descent(pipe, [Stage(32, 32, 3), Stage(768, 512, 3, 0.4)])
+    chunks = [found.stages[1].chunk_feed_forward for found in plans]
+    sizes = [chunk for chunk in chunks if chunk is not None]
+    tokens = (768 // 4 // 2) * (512 // 4 // 2)
+    assert chunks[0] is None and sizes and sizes == sorted(sizes, reverse=True)
+    assert all(tokens % chunk == 0 for chunk in sizes)
+    assert all(stage.lean is None for found in plans for stage in found.stages)
+
+
+def test_reuse_is_for_the_last_stage_and_saves_time(sdxl):
+    plain, reused = (plan_stages(sdxl, STAGES, PLENTY, reuse=n, rates=H100) for n in (1, 3))
+    assert [stage.reuse for stage in reused.stages] == [1, 3]
+    assert reused.stages[1].lean == LeanOptions(2**18)
+    assert reused.stages[1].seconds < 0.75 * plain.stages[1].seconds
+    assert reused.stages[1].thrift.reuse == 3
+    leanest = descent(sdxl, STAGES, reuse=3)[-1].stages[1]
+    assert leanest.reuse == 3 and leanest.lean.offload_skips
+
+
+def test_reuse_of_what_a_transformer_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="reuse: expected 1 for a PixArtTransformer2DModel.*got 2"):
+        plan_stages(tiny_pixart(), [Stage(8, 8, 3)], PLENTY, reuse=2)
+
+
+def test_the_first_stage_runs_softmax_attention_if_it_is_there():
+    stages = [Stage(512, 512, 2), Stage(1024, 1024, 2, 0.4)]
+
+    def peaks(pipe, softmax_base):
+        found = plan_stages(pipe, stages, PLENTY, softmax_base=softmax_base)
+        return [stage.peak_bytes - found.weights_bytes for stage in found.stages]
+
+    pipe, plain = patched_pipeline()[0], teacher_pipeline()
+    assert peaks(pipe, True)[0] == peaks(plain, True)[0] != peaks(pipe, False)[0]
+    assert peaks(pipe, True)[1] == peaks(pipe, False)[1]
+    config = GSPN2Config(proxy_ratio=4, parameters_from="tokens")
+    with pytest.warns(UserWarning, match="untrained"):
+        apply_gspn2(plain, config, drop_attention=True)
+    assert peaks(plain, True) == peaks(plain, False)
+
+
+def test_parts_that_offload_themselves_count_only_while_they_run():
+    pipe = tiny_sdxl_pipeline()
+    add_hook_to_module(pipe.unet, CpuOffload(torch.device("cpu")))
+    found = plan_stages(pipe, STAGES, PLENTY)
+    plain = plan_stages(tiny_sdxl_pipeline(), STAGES, PLENTY)
+    text = weight_bytes([pipe.text_encoder, pipe.text_encoder_2])
+    assert found.offload_text and found.offload_denoiser
+    assert found.stages[1].peak_bytes == plain.stages[1].peak_bytes - text
+    assert found.decode.peak_bytes == plain.decode.peak_bytes - text - weight_bytes([pipe.unet])
+    assert found.encode_bytes < plain.encode_bytes
+    assert isinstance(pipe.unet._hf_hook, CpuOffload)
+
+
+@pytest.mark.parametrize("make", [tiny_unet, tiny_dit])
+def test_a_denoiser_alone_is_planned_in_latent_pixels(make):
+    model = make()
+    side = model.config.sample_size
+    found = plan(side, side, model, PLENTY, rates=H100)
+    assert found.decode is None and not found.offload_denoiser
+    assert [(s.height, s.width) for s in found.stages] == [(side, side)]
+    assert found.seconds == found.stages[0].seconds
+
+
+def test_the_default_cascade_ends_at_the_size_that_was_asked_for(sdxl):
+    found = plan(96, 160, sdxl, PLENTY, steps=7, guidance_scale=1.0)
+    assert (found.height, found.width) == (96, 160)
+    assert len(found.stages) > 1 and found.stages[0].steps == 7 and not found.stages[0].guidance
+
+
+def test_stages_of_another_size_are_refused(sdxl):
+    with pytest.raises(ValueError, match="expected the last one of 64x64 pixels, got 512x1024"):
+        plan(64, 64, sdxl, PLENTY, stages=STAGES)
+
+
+def test_memory_has_to_be_named_where_there_is_no_gpu_to_ask(sdxl):
+    with pytest.raises(ValueError, match="vram: expected a number of bytes for a model on 'cpu'"):
+        plan_stages(sdxl, STAGES)
+
+
+# ---- refusals
+
+
+def test_a_refusal_says_what_would_do(sdxl):
+    leanest = descent(sdxl, STAGES)[-1]
+    short = leanest.peak_bytes - 1
+    with pytest.raises(DoesNotFitError, match=r"512x1024: expected at least .* GiB") as caught:
+        plan_stages(sdxl, STAGES, short)
+    error = caught.value
+    assert isinstance(error, MemoryError) and error.vram_bytes == short
+    assert plan_stages(sdxl, STAGES, error.needed_bytes).peak_bytes <= error.needed_bytes
+    height, width = error.largest
+    assert f"{width}x{height} would fit" in str(error)
+    assert height * width > 0.5 * 1024 * 512 and height == pytest.approx(2 * width, rel=0.05)
+    smaller = [STAGES[0], replace(STAGES[1], height=height, width=width)]
+    assert plan_stages(sdxl, smaller, short).peak_bytes <= short
+
+
+def test_weights_that_do_not_fit_at_once_are_refused_before_sizes_are_tried(sdxl):
+    with pytest.raises(DoesNotFitError, match=r"weights of all.*enable_model_cpu_offload") as caught:
+        plan_stages(sdxl, STAGES, 2**20)
+    assert caught.value.needed_bytes > weight_bytes(sdxl.all) and caught.value.largest is None
+
+
+def test_tensors_of_2_31_elements_and_more_are_left_to_the_lean_unet(monkeypatch, sdxl):
+    largest = 2 * 64 * 128 * 256  # both passes at once
+    assert plan_stages(sdxl, STAGES, PLENTY).stages[1].lean is None
+    monkeypatch.setattr(ladders, "TOO_MANY_ELEMENTS", largest // 4)
+    stage = plan_stages(sdxl, STAGES, PLENTY).stages[1]
+    assert stage.lean is not None and stage.split_guidance
+
+
+def test_a_model_for_which_there_is_no_way_at_all_is_refused(monkeypatch):
+    monkeypatch.setattr(ladders, "TOO_MANY_ELEMENTS", 2**12)
+    stages = [Stage(8, 8, 3), Stage(128, 128, 3, 0.4)]
+    match = r"128x128: expected tensors of fewer than 2\^31 .* got more of a DiT"
+    with pytest.raises(DoesNotFitError, match=match) as caught:
+        plan_stages(tiny_dit(), stages, PLENTY)
+    assert caught.value.needed_bytes is None
+
+
+def test_quantised_weights_are_refused():
+    unet = tiny_unet()
+    unet.hf_quantizer = object()
+    with pytest.raises(ValueError, match="got a quantised UNet2DConditionModel"):
+        plan(8, 8, unet, PLENTY)
+
+
+# ---- after memory ran out
+
+
+def test_leaner_plans_end(sdxl):
+    found = plan_stages(sdxl, STAGES, PLENTY)
+    peaks = []
+    while found is not None:
+        peaks.append(found.peak_bytes)
+        last, found = found, found.leaner()
+    assert len(peaks) > 6 and peaks == sorted(peaks, reverse=True)
+    assert last.stages[1].lean.offload_skips and last.decode.tiling.tile == 32
+
+
+def test_the_phase_that_failed_gets_leaner(sdxl):
+    first = plan_stages(sdxl, STAGES, PLENTY).leaner()
+    assert first.offload_text
+    stage, decoding = first.leaner(0), first.leaner(2)
+    assert stage.stages[0].peak_bytes < first.stages[0].peak_bytes
+    assert (stage.stages[1], stage.decode) == (first.stages[1], first.decode)
+    assert decoding.decode.peak_bytes < first.decode.peak_bytes
+    assert decoding.stages == first.stages
+
+
+# ---- what plans say
+
+
+def test_a_plan_is_the_same_after_json(sdxl):
+    for found in descent(sdxl, STAGES, rates=H100):
+        values = json.loads(json.dumps(found.to_dict()))
+        again = Plan.from_dict(values)
+        assert again == found and again.leaner() is None
+        assert values["peak_bytes"] == again.peak_bytes and values["seconds"] == again.seconds
+
+
+def test_the_table_has_a_row_for_every_phase(sdxl):
+    found = plan_stages(sdxl, STAGES, PLENTY, rates=H100)
+    rows = found.rows()
+    assert [row["what"] for row in rows] == ["stage 0", "stage 1", "decode"]
+    assert [row["how"] for row in rows] == ["passes together", "passes together", "whole"]
+    assert sum(row["seconds"] for row in rows) == pytest.approx(found.seconds)
+    assert max(row["peak_bytes"] for row in rows) <= found.peak_bytes
+
+
+def test_times_are_known_for_known_rates_only(sdxl):
+    assert plan_stages(sdxl, STAGES, PLENTY).seconds is None
+    fast, slow = (
+        plan_stages(sdxl, STAGES, PLENTY, rates=card_rates(name)).seconds for name in ("H100", "T4")
+    )
+    assert fast < slow
+    twice = [replace(stage, steps=2 * stage.steps) for stage in STAGES]
+    longer = plan_stages(sdxl, twice, PLENTY, rates=H100)
+    assert longer.stages[0].seconds == pytest.approx(
+        2 * plan_stages(sdxl, STAGES, PLENTY, rates=H100).stages[0].seconds
+    )
+
+
+def test_enlarging_in_pixels_takes_the_vae_time(sdxl):
+    pixel, latent = (
+        plan_stages(sdxl, STAGES, PLENTY, rates=H100, upsample=name).decode
+        for name in ("pixel", "latent")
+    )
+    assert pixel.seconds > latent.seconds > 0 and pixel.peak_bytes >= latent.peak_bytes
+
+
+# ---- copies without data
+
+
+def test_a_copy_without_data_leaves_the_model_alone_and_shares_nothing_with_it():
+    unet = patched_pipeline()[0].unet
+    find_denoiser(unet)
+    add_hook_to_module(unet, CpuOffload(torch.device("cpu")))
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    hook, replaced = unet._hf_hook, unet.forward
+    ghost = without_data(unet)
+    assert {parameter.device.type for parameter in ghost.parameters()} == {"meta"}
+    assert not hasattr(ghost, "_hf_hook") and "forward" not in vars(ghost)
+    assert unet._hf_hook is hook and unet.forward is replaced
+    assert before.keys() == ghost.state_dict().keys()
+    for name, value in unet.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not {id(m) for m in unet.modules()} & {id(m) for m in ghost.modules()}
+
+
+def test_blocks_told_to_run_on_cuda_are_traced_all_the_same():
+    unet = patched_pipeline()[0].unet
+    for site in gspn2_sites(unet):
+        unet.get_submodule(site.name).gspn2.backend = "cuda"
+    assert plan(8, 8, unet, PLENTY).stages[0].peak_bytes > 0
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_an_outline_is_planned_as_the_pipeline_itself(sd_folder, gspn2_folder, patched):
+    weights = gspn2_folder if patched else None
+    outline = outline_parts(sd_folder, weights=weights, dtype=torch.float32)
+    pipe = load_pipeline(sd_folder, dtype="float32", device="cpu")
+    if patched:
+        apply_gspn2(pipe, weights, min_tokens="native")
+    assert all(parameter.is_meta for part in outline.all for parameter in part.parameters())
+    found = plan(128, 96, outline, PLENTY, rates=H100)
+    assert found == plan(128, 96, pipe, PLENTY, rates=H100)
+
+
+def test_an_outline_of_another_models_weights_is_refused(sd_folder, tmp_path):
+    GSPN2Adapter.for_model(tiny_dit(), GSPN2Config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a DiTTransformer2DModel"):
+        outline_parts(sd_folder, weights=tmp_path)
+
+
+def test_an_outline_needs_a_pipeline_with_a_known_denoiser(tmp_path):
+    index = {"_class_name": "X", "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    tiny_vae().save_config(tmp_path / "vae")
+    with pytest.raises(ValueError, match="expected a pipeline with one model of .* AutoencoderKL"):
+        outline_parts(tmp_path)
+
+
+# ---- predictions
+
+
+def measured(name: str) -> list[dict]:
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())["rows"]
+
+
+def test_predicted_memory_and_time_of_sdxl_are_what_an_h100_measured(large_sdxl):
+    unet = without_data(large_sdxl.denoiser)
+    for row in measured("unet-sdxl-cuda"):
+        if row["variant"] != "gspn2":
+            continue
+        height, width = row["latent"]
+        with torch.device("meta"):
+            known = family_of(unet).conditioning(unet)
+            sample = torch.empty(1, 4, height, width, dtype=torch.bfloat16)
+            timestep = torch.zeros(1, dtype=torch.long)
+        known["encoder_hidden_states"] = sample.new_empty(1, 77, 2048)
+        known["added_cond_kwargs"] = {
+            key: value.to(torch.bfloat16) for key, value in known["added_cond_kwargs"].items()
+        }
+        cost = trace(lambda s=sample, k=known, t=timestep: unet(s, timestep=t, **k).sample)
+        predicted = weight_bytes([unet]) + ladders.with_reserve(cost.peak_bytes)
+        predicted -= ladders.CONTEXT_BYTES + ladders.FRAGMENTATION_SHARE * cost.peak_bytes
+        assert predicted == pytest.approx(row["peak_mib"] * 2**20, rel=0.02)
+        if height >= 512:  # below, the host decides
+            assert cost.seconds(H100) == pytest.approx(row["ms"] / 1000, rel=0.1)
+
+
+def test_sdxl_draws_16384_squared_in_24_gib_but_not_in_8(monkeypatch, large_sdxl):
+    monkeypatch.undo()  # pieces and tiles as they are
+    found = plan(16384, 16384, large_sdxl, 24 * GIB, rates=card_rates("RTX 4090"))
+    last = found.stages[-1]
+    assert last.split_guidance and last.lean.offload_skips and last.peak_bytes < 24 * GIB
+    assert found.decode.tiling is not None and found.peak_bytes <= 24 * GIB
+    assert found.stages[0].lean is None and not found.stages[0].split_guidance
+    with pytest.raises(DoesNotFitError, match="16384x16384: .* would fit") as caught:
+        plan(16384, 16384, large_sdxl, 8 * GIB)
+    assert 4096 < caught.value.largest[0] < 16384
+    assert planner.plan is plan
+
+
+def test_however_much_memory_there_is_16384_squared_is_walked_piece_by_piece(
+    monkeypatch, large_sdxl
+):
+    monkeypatch.undo()
+    found = plan(16384, 16384, large_sdxl, PLENTY)
+    assert [stage.lean is None for stage in found.stages] == [True] * 4 + [False]
+    assert found.decode.tiling is not None
