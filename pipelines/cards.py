@@ -14,10 +14,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from gspn2_diffusers.pipelines.loading import default_dtype
 from gspn2_diffusers.pipelines.tracing import Rates, trace
 
-# What an H100 SXM reached of its specification, 989 TFLOPS and 3.35 TB/s, in the SDXL UNet
-# (benchmarks/results/unet-sdxl-cuda.json and -graph-): with them the predicted times of 1024² to
-# 8192² are within 10 % of the measured ones. Other cards are taken to reach the same shares. Only
-# convolutions, which a fast card starves of memory traffic, have a bound as well.
+# What an H100 SXM reached of its specification, 989 TFLOPS and 3.35 TB/s, in the SDXL UNet: with
+# these shares the predicted times of 4096² and 8192² are within 10 % of the measured ones
+# (benchmarks/results/unet-sdxl-cuda.json); smaller ones depend on the host. Other cards are taken
+# to reach the same shares. Only convolutions have a bound as well, since contiguous maps and not
+# products are what slows them on a fast card.
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.62, 0.465, 0.78
 CONV_SHARE, MOST_CONV = 0.4, 225e12
 # Normalisations and strided passes are slower than a plain copy: what the UNet's reached of it.

@@ -37,7 +37,7 @@ TOO_MANY_ELEMENTS = 2**31
 TEXT_TOKENS, PIXART_TEXT_TOKENS = 77, 300
 PIECES = (2**30, 2**28, 2**26)
 CHUNKS = (2, 4, 8, 16, 32)
-TILES = (256, 128, 96, 64, 48, 32)
+TILES = (256, 128, 64, 32)
 LARGEST_OVERLAP = 16
 
 
@@ -163,12 +163,11 @@ class Ladders:
                 f"cannot be reused, got {reuse}"
             )
         thrifts = [Thrift(split) for split in guided]
-        tokens = math.prod(self._latent_size(stage)) // (self.denoiser.config.patch_size or 1) ** 2
-        if any(hasattr(module, "set_chunk_feed_forward") for module in self.denoiser.modules()):
-            counts = [count for count in CHUNKS if tokens % count == 0]
-            thrifts += [
-                Thrift(stage.guided, chunk_feed_forward=tokens // count) for count in counts
-            ]
+        patch = self.denoiser.config.get("patch_size")
+        if patch is not None:  # a transformer, with as many tokens in one layer as in another
+            tokens = math.prod(side // patch for side in self._latent_size(stage))
+            chunks = [tokens // count for count in CHUNKS if tokens % count == 0]
+            thrifts += [Thrift(stage.guided, chunk_feed_forward=chunk) for chunk in chunks]
         return thrifts
 
     def _stage_option(self, stage: Stage, thrift: Thrift, softmax: bool) -> Option | None:
@@ -279,6 +278,9 @@ class Ladders:
         jobs = [("decode", size) for size in (latent if enlarging else latent[-1:])]
         jobs += [("encode", size) for size in latent[1:] if enlarging]
         peak, seconds = 0, 0.0
+        if without_denoiser and self.rates is not None:
+            trips = 2 * (len(latent) if enlarging else 1)
+            seconds = trips * self._denoiser_bytes / self.rates.transfer
         for what, size in jobs:
             cost, share = self._vae_cost(what, latent[-1], tiling)
             if cost.largest_elements >= TOO_MANY_ELEMENTS:

@@ -460,10 +460,9 @@ def _weights_do_not_fit(search: _Search, parts: Parts) -> DoesNotFitError:
 def _does_not_fit(search: _Search, parts: Parts, ladders: Ladders) -> DoesNotFitError:
     final, vram = search.stages[-1], search.vram_bytes
     size = f"{final.width}x{final.height}"
-    leanest = [ladder.leanest() for ladder in search.ladders]
-    needed = None
-    if None not in leanest:
-        needed = max(option.bytes for option in leanest)
+    failed = [ladder for ladder in search.ladders if ladder.first_within(vram) is None]
+    leanest = [ladder.leanest() for ladder in failed]
+    needed = None if None in leanest else max(option.bytes for option in leanest)
     largest = _largest(search, parts, ladders, needed)
     advice = f"; {largest[1]}x{largest[0]} would fit" if largest else ""
     if needed is None:

@@ -237,19 +237,24 @@ class Run:
             return torch.cat([self._enlarge_picture(one[None], stage) for one in latents])
 
     def _enlarge_picture(self, latents: Tensor, stage: Stage) -> Tensor:
-        size = (stage.width, stage.height)
-        picture = np.concatenate(list(self._bands(latents, f"enlarging to {size[0]}x{size[1]}")))
-        larger = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
-        return self._encode_picture(np.asarray(larger))
+        name = f"enlarging to {stage.width}x{stage.height}"
+        picture = torch.from_numpy(np.concatenate(list(self._bands(latents, name))))
+        # On uint8 in CPU memory, where the larger picture needs no room on the GPU.
+        larger = F.interpolate(
+            picture.permute(2, 0, 1)[None], (stage.height, stage.width), mode="bicubic",
+            antialias=True,
+        )  # fmt: skip
+        return self._encode_picture(larger[0].permute(1, 2, 0))
 
     def _encode_image(self, stage: Stage) -> Tensor:
         picture = self.request.image.convert("RGB")
         if picture.size != (stage.width, stage.height):
             picture = picture.resize((stage.width, stage.height), Image.Resampling.LANCZOS)
         with self._vae_alone():
-            return self._encode_picture(np.asarray(picture))
+            return self._encode_picture(np.array(picture))
 
-    def _encode_picture(self, picture: np.ndarray) -> Tensor:
+    def _encode_picture(self, picture: np.ndarray | Tensor) -> Tensor:
+        """Latents of a picture, uint8 ``[h, w, 3]``."""
         tiling = self._tiling(picture.shape[:2])
         return encode_tiled(self.pipe.vae, picture, tiling).to(self.device, torch.float32)
 
