@@ -28,6 +28,7 @@ NAMES = {
 }
 TEACHER_NAMES = {"unet": "UNet", "pixart": "PixArt"}
 LINE_COLORS = ("#1f6fb2", "#c0392b", "#d68910", "#7f8c8d")
+MORE_COLORS = ("#1f6fb2", "#d68910", "#1e8449", "#7d3c98", "#7f8c8d", "#0b3c66", "#b7950b")
 RATIOS = (2, 4, 8, 16, 32)
 PASS_COLORS = {"forward": "#1f6fb2", "backward": "#7fb3d5", "backward-stored": "#c5dcec"}
 PASS_NAMES = {
@@ -206,6 +207,92 @@ def find_experiments(folder: Path) -> dict[str, list[dict]]:
     }
 
 
+def highres_time_figure(axes, found: list[dict]) -> None:
+    """Seconds from prompt to file against the side of a square picture, with goals, and what the
+    model's own attention would take without a cascade."""
+    for color, results in zip(MORE_COLORS, found, strict=False):
+        rows = [row for row in results["rows"] if row["size"][0] == row["size"][1]]
+        points = sorted((row["size"][0], row["seconds"]) for row in rows)
+        _curve(axes, points, color, f"cascade, {results['label']}")
+        goals = [(row["size"][0], row["goal_seconds"]) for row in rows if row["goal_seconds"]]
+        for place in goals:
+            axes.plot(*place, color=color, marker="v", markersize=6, fillstyle="none")
+    native = {
+        row["size"][0]: row["native"]
+        for results in found
+        for row in results["rows"]
+        if row["size"][0] == row["size"][1] and "seconds" in (row["native"] or {})
+    }
+    if native:
+        steps = next(iter(native.values()))["steps"]
+        points = sorted((side, times["seconds"]) for side, times in native.items())
+        axes.plot(*zip(*points, strict=True), color=COLORS["softmax"], linestyle="--", marker="o",
+                  markersize=3, label=f"softmax, one step x {steps}, denoiser alone")  # fmt: skip
+    axes.plot([], [], color="#777777", marker="v", fillstyle="none", linestyle="", label="goal")
+    places = sorted({row["size"][0] for results in found for row in results["rows"]
+                     if row["size"][0] == row["size"][1]})  # fmt: skip
+    _logarithmic(axes, places)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("picture height and width, pixels")
+    axes.set_ylabel("seconds")
+    _label(axes, "SDXL's layout, random weights: from prompt to file", found[0])
+
+
+def highres_memory_figure(axes, found: list[dict]) -> None:
+    """Predicted against measured peak of every stage and of the VAE, with a band of 15 %."""
+    highest = 0.0
+    for color, results in zip(MORE_COLORS, found, strict=False):
+        points = [
+            (phase["peak_gib"], phase["predicted_gib"])
+            for row in results["rows"]
+            for phase in row["phases"]
+            if phase["peak_gib"] and phase["predicted_gib"]
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4,
+                      linestyle="", label=results["label"])  # fmt: skip
+            highest = max(highest, *map(max, points))
+    ends = [0, 1.05 * highest]
+    axes.plot(ends, ends, color="#444444", linewidth=0.8)
+    axes.fill_between(ends, [0.85 * end for end in ends], [1.15 * end for end in ends],
+                      color="#eeeeee", linewidth=0, label="within 15 %")  # fmt: skip
+    axes.set_xlim(ends)
+    axes.set_ylim(ends)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("measured peak, GiB")
+    axes.set_ylabel("predicted peak, GiB")
+    _label(axes, "Memory of every phase: predicted and measured", found[0])
+
+
+HIGHRES: dict[str, Callable] = {
+    "highres-time": highres_time_figure,
+    "highres-memory": highres_memory_figure,
+}
+
+
+def find_highres(folder: Path) -> list[dict]:
+    """The results of ``highres-*.json`` on SDXL's layout, with a ``label`` that says how they were
+    taken and only the rows on speed that did not fail."""
+    found = []
+    for path in sorted(folder.glob("highres-*.json")):
+        results = json.loads(path.read_text())
+        rows = [row for row in results["rows"]
+                if row["experiment"] == "speed" and "error" not in row]  # fmt: skip
+        if rows and results["arguments"]["model"] == "sdxl":
+            found.append(results | {"rows": rows, "label": _how(results["arguments"])})
+    return sorted(found, key=lambda results: results["label"] != "all memory")
+
+
+def _how(arguments: dict) -> str:
+    """What sets a run of the high-resolution pipeline apart."""
+    vram, reuse = arguments["vram"], arguments["reuse"]
+    words = ["all memory" if vram is None else f"{vram:g} GiB"]
+    words += [] if reuse == 1 else [f"deep features for {reuse} steps"]
+    words += [] if arguments["upsample"] == "pixel" else ["latents enlarged"]
+    names = {"channels_last": "channels last", "fp8": "8 bits", "compile": "compiled"}
+    return ", ".join([*words, *(name for key, name in names.items() if arguments[key])])
+
+
 def _right(row: dict) -> float | None:
     """Mean accuracy in % at the training resolution."""
     scores = list(row["scores"].values())
@@ -243,8 +330,6 @@ def _shape(row: dict) -> str:
 
 def _lines(axes, series: dict[str, list[tuple[float, float]]]) -> None:
     """A logarithmic line per variant, named at its last point."""
-    from matplotlib.ticker import LogLocator
-
     ends = {name: max(points) for name, points in series.items()}
     places = sorted({x for points in series.values() for x, _ in points})
     for name, points in series.items():
@@ -264,9 +349,16 @@ def _lines(axes, series: dict[str, list[tuple[float, float]]]) -> None:
             annotation_clip=False,
             **place,
         )
+    axes.margins(y=0.1)  # room for a name above the highest point
+    _logarithmic(axes, places)
+
+
+def _logarithmic(axes, places: Sequence[int]) -> None:
+    """Both axes, with `places` as the marks of the horizontal one."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.margins(y=0.1)  # room for a name above the highest point
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(places, [f"{place:,}" for place in places])
@@ -314,6 +406,16 @@ def draw_experiment(name: str, found: list[dict], folder: Path) -> Path:
     return _save(figure, folder / f"{name}.png")
 
 
+def draw_highres(name: str, found: list[dict], folder: Path) -> Path:
+    """Draw a figure of the high-resolution pipeline into `folder`."""
+    from matplotlib.figure import Figure
+
+    size = (4.8, 4.8) if name == "highres-memory" else (7.2, 4.0)
+    figure = Figure(figsize=size, layout="constrained")
+    HIGHRES[name](figure.add_subplot(), found)
+    return _save(figure, folder / f"{name}.png")
+
+
 def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -338,14 +440,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("expected matplotlib: pip install matplotlib") from error
     found = [name for name in FIGURES if (args.results / f"{name}.json").is_file()]
     experiments = find_experiments(args.results)
-    if not found and not experiments:
-        wanted = ", ".join([f"{name}.json" for name in FIGURES] + ["distillation-*.json"])
+    highres = find_highres(args.results)
+    if not found and not experiments and not highres:
+        others = ["distillation-*.json", "highres-*.json"]
+        wanted = ", ".join([f"{name}.json" for name in FIGURES] + others)
         raise ValueError(f"expected one of {wanted} in {args.results}, found none")
     for name in found:
         results = json.loads((args.results / f"{name}.json").read_text())
         print(draw(name, results, args.images))
     for name, of_teachers in experiments.items():
         print(draw_experiment(name, of_teachers, args.images))
+    for name in HIGHRES if highres else ():
+        print(draw_highres(name, highres, args.images))
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from .adapter import GSPN2Adapter
 from .comparison import draw_comparison
 from .doctor import CUPY_DISTRIBUTIONS, LIBRARIES
 from .families import find_denoiser
-from .hardware import device_name, synchronize
+from .hardware import device_name, execution_device, synchronize
 from .image_metrics import ClipJudge, FidJudge, Judge, to_bytes
 from .kernels.backends import check_backend, resolve_backend
 from .patch import apply_gspn2, remove_gspn2
 from .shipped import is_shipped, shipped_folder
 from .sites import is_patched, walk_sites
-from .trajectory import KDError, KDMeter, execution_device, record_calls
+from .trajectory import KDError, KDMeter, record_calls
 
 if TYPE_CHECKING:
     from gspn2_diffusers.tiny_scenes.score import Exam

@@ -1,4 +1,4 @@
-"""Names of devices, and waiting for them."""
+"""Devices: their names, which of them computes, and waiting for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import platform
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 
 def device_name(device: torch.device) -> str:
@@ -19,6 +21,11 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def execution_device(pipe_or_model: DiffusionPipeline | nn.Module) -> torch.device:
+    """Where a pipeline or model computes: not its `device`, which is the CPU while offloaded."""
+    return getattr(pipe_or_model, "_execution_device", None) or pipe_or_model.device
 
 
 def synchronize() -> None:

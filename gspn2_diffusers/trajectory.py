@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .families import find_denoiser
+from .hardware import execution_device
 
 QUARTERS = 4
 
@@ -129,8 +130,3 @@ def _moved(value: object, device: torch.device | str) -> object:
     if type(value) in (tuple, list):
         return type(value)(_moved(inner, device) for inner in value)
     return value
-
-
-def execution_device(pipe_or_model: DiffusionPipeline | nn.Module) -> torch.device:
-    # Not `device`, which is the CPU while a pipeline's models are offloaded.
-    return getattr(pipe_or_model, "execution_device", None) or pipe_or_model.device

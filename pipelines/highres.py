@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from gspn2_diffusers.conditioning import native_resolution, size_step
 from gspn2_diffusers.families import find_denoiser
+from gspn2_diffusers.hardware import execution_device
 from gspn2_diffusers.pipelines.cascade import Stage, cascade_from, cascade_sizes, default_stages
 from gspn2_diffusers.pipelines.planner import Plan, plan_stages
 from gspn2_diffusers.pipelines.running import Progress, Request, Run
 from gspn2_diffusers.pipelines.writing import check_writable
 from gspn2_diffusers.sites import pixels_per_latent
-from gspn2_diffusers.trajectory import execution_device
 
 UPSAMPLING = ("pixel", "latent")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import gspn2_diffusers
 from gspn2_diffusers.conditioning import Rows, encode_prompts, encode_unconditional
 from gspn2_diffusers.fingerprint import fingerprint
-from gspn2_diffusers.hardware import synchronize
+from gspn2_diffusers.hardware import execution_device, synchronize
 from gspn2_diffusers.patch import softmax_attention
 from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.decoding import Tiling, decode_bands, encode_tiled
@@ -39,7 +39,6 @@ from gspn2_diffusers.pipelines.sampling import (
 )
 from gspn2_diffusers.pipelines.writing import TIFF_SUFFIXES, open_image
 from gspn2_diffusers.sites import is_patched, pixels_per_latent, walk_sites
-from gspn2_diffusers.trajectory import execution_device
 
 if TYPE_CHECKING:
     from gspn2_diffusers.pipelines.highres import HighResPipeline

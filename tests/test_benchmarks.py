@@ -5,16 +5,24 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from tiny_models import tiny_unet
+from PIL import Image
+from tiny_models import tiny_unet, tiny_vae
 from torch.nn.functional import elu
 
-from gspn2_diffusers import gspn2_scan, gspn2_sites
+from gspn2_diffusers import (
+    GSPN2Adapter,
+    GSPN2Config,
+    gspn2_scan,
+    gspn2_sites,
+    softmax_attention,
+)
 from gspn2_diffusers.pipelines.loading import load_pipeline
 from gspn2_diffusers.shipped import shipped_folder
 from gspn2_diffusers.tiny_scenes.models import WEIGHTS, assemble_pipeline, build_pixart, build_unet
@@ -196,7 +204,11 @@ def test_an_error_is_one_line():
 
 
 @pytest.mark.parametrize(
-    "script", ["scan", "layer", "unet", "distillation", "sizes", "training_speed", "figures"]
+    "script",
+    [
+        "scan", "layer", "unet", "distillation", "sizes", "training_speed", "highres",
+        "plans", "figures",
+    ],  # fmt: skip
 )
 def test_every_script_explains_its_options(script, load, capsys):
     with pytest.raises(SystemExit, match="0"):
@@ -551,3 +563,394 @@ def test_figures_of_distillation_are_drawn_for_every_teacher(load, tmp_path):
         file.write_text(json.dumps(results, default=str))
     figures.main(["--results", str(tmp_path), "--images", str(tmp_path / "images")])
     assert {path.stem for path in (tmp_path / "images").iterdir()} == {"ratio", "stages", "start"}
+
+
+QUICK_PICTURES = ("--steps", 2, "--threads", 1)
+
+
+def test_highres_times_pictures_from_prompt_to_file(small_teacher, load, results_of):
+    highres = load("highres")
+    own = highres.running.decode_bands, highres.running.GuidedDenoiser
+    options = ("--teacher", small_teacher, *QUICK_PICTURES, "--sizes", 64, "128x96", "--vram", 2)
+    results, printed = results_of("highres", *options, "--native", "--native-steps", 3)
+    assert (highres.running.decode_bands, highres.running.GuidedDenoiser) == own
+    assert [row["size"] for row in results["rows"]] == [[64, 64], [128, 96]]
+    assert results["arguments"]["model"] == "tiny" and results["arguments"]["weights"] == "gspn2"
+    for row in results["rows"]:
+        assert "error" not in row
+        assert row["seconds"] == pytest.approx(sum(row["parts"].values()))
+        *stages, vae = row["phases"]
+        assert [phase["what"] for phase in stages] == [f"stage {n}" for n in range(len(stages))]
+        assert stages[-1]["size"] == row["size"] and vae["what"] == "VAE"
+        denoising = sum(phase["seconds"] for phase in stages)
+        assert row["parts"]["denoiser"] == pytest.approx(denoising)
+        assert all(phase["seconds"] > 0 for phase in row["phases"])
+        assert row["parts"]["VAE"] == vae["seconds"] and row["parts"]["rest"] > 0
+        highest = max(phase["predicted_gib"] for phase in row["phases"])
+        assert 2 > row["predicted_gib"] >= highest > 0.5  # the context alone is half a GiB
+        assert row["peak_gib"] is None and row["file_mib"] > 0
+        native = row["native"]
+        assert native["seconds"] == pytest.approx(3 * native["step_seconds"])
+    assert len(results["rows"][0]["phases"]) == 2 < len(results["rows"][1]["phases"])
+    assert "Prompt to file: tiny" in printed and "speed, 128x96: " in printed
+
+
+@pytest.mark.parametrize(("upsample", "encoded"), [("pixel", 1), ("latent", 0)])
+def test_highres_counts_the_vae_where_it_runs(
+    upsample, encoded, small_teacher, load, results_of, monkeypatch
+):
+    running, calls = load("highres").running, []
+    encode = running.encode_tiled
+    monkeypatch.setattr(
+        running, "encode_tiled", lambda *args, **kw: calls.append(args) or encode(*args, **kw)
+    )
+    options = ("--teacher", small_teacher, *QUICK_PICTURES, "--sizes", 128, "--native-max", 64)
+    results, _ = results_of("highres", *options, "--upsample", upsample, "--native")
+    assert len(calls) == encoded
+    (row,) = results["rows"]
+    assert row["parts"]["VAE"] > 0 and row["predicted_gib"] is None  # there is no GPU to plan for
+    assert row["native"] is None  # more pixels than --native-max
+
+
+def test_highres_keeps_finished_rows_on_resume(small_teacher, load, results_of):
+    highres = load("highres")
+    options = ("--teacher", small_teacher, *QUICK_PICTURES)
+    with pytest.MonkeyPatch.context() as patch:
+        run = highres.SpeedBench.run
+
+        def fail(self, size):
+            if size == (32, 64):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run(self, size)
+
+        patch.setattr(highres.SpeedBench, "run", fail)
+        results, printed = results_of("highres", *options, "--sizes", "32x64", 64)
+    failed, kept = results["rows"]
+    assert failed["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert "speed, 32x64: OutOfMemoryError: CUDA out of memory" in printed and "failed" in printed
+
+    again, printed = results_of("highres", *options, "--sizes", 96, "32x64", 64, "--resume")
+    assert [row["size"] for row in again["rows"]] == [[96, 96], [32, 64], [64, 64]]
+    assert again["rows"][2] == kept and "error" not in again["rows"][1]
+    assert "speed, 64x64:" not in printed
+    with pytest.raises(ValueError, match="--resume: expected the settings of result.json, got --s"):
+        results_of("highres", *options, "--resume", "--steps", 3)
+
+
+def test_highres_writes_every_row_at_once(small_teacher, load, tmp_path, monkeypatch):
+    highres = load("highres")
+    measure, output = highres.SpeedBench.measure, tmp_path / "result.json"
+
+    def kill(self, size):
+        if size == (32, 64):
+            raise KeyboardInterrupt
+        return measure(self, size)
+
+    monkeypatch.setattr(highres.SpeedBench, "measure", kill)
+    options = ("--device", "cpu", "--teacher", small_teacher, "--warmup", 0, *QUICK_PICTURES)
+    sizes = ("--sizes", 64, "32x64", "--output", output)
+    with pytest.raises(KeyboardInterrupt):
+        highres.main([str(option) for option in (*options, *sizes)])
+    assert [row["size"] for row in json.loads(output.read_text())["rows"]] == [[64, 64]]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+class FakeMemory:
+    """What torch tells of a device's memory, in bytes that a test sets."""
+
+    def __init__(self, monkeypatch, free=700, total=1000):
+        self.held = self.peak = self.reserved = 0
+        self.shares = []
+        for name, answer in {
+            "max_memory_allocated": lambda: self.peak,
+            "max_memory_reserved": lambda: self.reserved,
+            "memory_reserved": lambda: self.reserved,
+            "reset_peak_memory_stats": self._reset,
+            "mem_get_info": lambda: (free, total),
+            "set_per_process_memory_fraction": self.shares.append,
+            "empty_cache": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    def hold(self, count):
+        self.held = count
+        self.peak = max(self.peak, count)
+
+    def _reset(self):
+        self.peak = self.held
+
+
+def test_peaks_belong_to_the_part_that_ran(small_teacher, load, monkeypatch):
+    highres = load("highres")
+    memory = FakeMemory(monkeypatch)
+    needs = {"denoise": iter((10, 30, 20)), "encode": iter((50,)), "decode": iter((40, 45))}
+    running = highres.running
+
+    def needing(name, run):
+        def wrapped(*args, **kwargs):
+            memory.hold(next(needs[name]))
+            memory.hold(5)
+            return run(*args, **kwargs)
+
+        return wrapped
+
+    class Needing(running.GuidedDenoiser):
+        __call__ = needing("denoise", running.GuidedDenoiser.__call__)
+
+    monkeypatch.setattr(running, "GuidedDenoiser", Needing)
+    monkeypatch.setattr(running, "encode_tiled", needing("encode", running.encode_tiled))
+    decode = running.decode_bands
+
+    def decode_bands(*args, **kwargs):
+        memory.hold(next(needs["decode"]))
+        memory.hold(5)
+        yield from decode(*args, **kwargs)
+        memory.hold(7)  # while nothing else is going on
+
+    monkeypatch.setattr(running, "decode_bands", decode_bands)
+    pipe = highres.HighResPipeline(load_pipeline(small_teacher, dtype="float32", device="cpu"))
+    stages = [highres.Stage(64, 64, 1), highres.Stage(128, 128, 2, 0.5, 1.0)]
+    memory.hold(90)  # before it, which does not count
+    memory.hold(5)
+    watch = highres.Watch(pipe, torch.device("cuda"))
+    with watch:
+        pipe("a cube", stages=stages, progress=highres.ignore)
+        memory.hold(60)
+        memory.hold(5)
+    assert watch.peaks == {"rest": 60, "stage 0": 10, "stage 1": 30, "VAE": 50}
+    assert watch.seconds.keys() == {"stage 0", "stage 1", "VAE"}
+
+
+def test_memory_is_limited_to_that_of_the_smaller_card(load, monkeypatch):
+    highres, cuda = load("highres"), torch.device("cuda")
+    memory = FakeMemory(monkeypatch, free=60 * 2**30, total=80 * 2**30)
+    memory.reserved = 19 * 2**30  # so that 1 GiB is outside of torch
+    with highres.memory_limit(cuda, 25):
+        assert memory.shares == [pytest.approx(24 / 80)]
+    with highres.memory_limit(cuda, None), highres.memory_limit(CPU, 25):
+        pass
+    assert memory.shares[1:] == [1.0]
+
+
+def test_highres_says_which_goals_are_met(load):
+    highres = load("highres")
+    options = ["--model", "sdxl", "--sizes", "4096", "16384", "2160x3840"]
+    plain = highres.parse_args(options)
+    assert [highres.goals(plain, size) for size in plain.sizes] == [
+        (8, None), (60, None), (None, None)
+    ]  # fmt: skip
+    for vram, expected in ((24, (180, 24)), (10, (180, 24)), (40, (None, None))):
+        lean = highres.parse_args([*options, "--vram", str(vram)])
+        assert highres.goals(lean, (16384, 16384)) == expected
+    assert highres.goals(highres.parse_args(["--model", "tiny"]), (4096, 4096)) == (None, None)
+
+    row = {"size": [16384, 16384], "seconds": 170.0, "goal_seconds": 180, "goal_gib": 24}
+    row |= {"peak_gib": 20.0, "reserved_gib": 24.5, "predicted_gib": 22.0, "native": None}
+    cells = [next(iter(column.cells)) for column in highres.speed_table("", [row]).columns]
+    assert cells == [
+        "16384x16384", "170", "180 met", "20.0", "24 missed", "24.5", "22.0", "1.10", "-", "-"
+    ]  # fmt: skip
+
+
+def test_highres_needs_torchao_for_8_bits(load, monkeypatch, tmp_path):
+    highres = load("highres")
+    options = ["--fp8", "--device", "cpu", "--output", str(tmp_path / "result.json")]
+    monkeypatch.setattr(highres.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--fp8: expected torchao: pip install torchao"):
+        highres.main(options)
+    monkeypatch.setattr(highres.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="--fp8: expected a CUDA device, got 'cpu'"):
+        highres.main(options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_highres_compiles_the_denoiser_that_runs_before_it_is_timed(
+    small_teacher, load, results_of, monkeypatch
+):
+    highres, calls = load("highres"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **kw: calls.append(kw))
+    run = highres.SpeedBench.run
+    monkeypatch.setattr(
+        highres.SpeedBench, "run", lambda self, size: calls.append("run") or run(self, size)
+    )
+    drawn = highres.HighResPipeline.__call__
+
+    def draw(self, *args, stages, **options):
+        calls.append([stage.steps for stage in stages])
+        return drawn(self, *args, stages=stages, **options)
+
+    monkeypatch.setattr(highres.HighResPipeline, "__call__", draw)
+    options = ("--teacher", small_teacher, *QUICK_PICTURES, "--sizes", 128, "--compile")
+    results_of("highres", *options)
+    assert calls == [{"dynamic": False}, [1, 1], "run", [2, 3]]
+
+
+def test_the_parts_of_sdxl_have_its_published_sizes(load):
+    sdxl = load("sdxl")
+    tokenizer = sdxl._build_tokenizer()
+    with torch.device("meta"):
+        encoders = sdxl.build_text_encoders()
+        parts = {
+            "unet": sdxl.build_sdxl_unet(),
+            "vae": sdxl.build_sdxl_vae(),
+            "text_encoder": encoders[0],
+            "text_encoder_2": encoders[1],
+        }
+    found = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    assert found == {
+        "unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    }  # fmt: skip
+    ids = tokenizer(load("highres").PROMPT, padding="max_length").input_ids
+    assert len(ids) == 77 and max(ids) < parts["text_encoder"].config.vocab_size
+    assert max(tokenizer.all_special_ids) < parts["text_encoder"].config.vocab_size
+
+
+def test_random_blocks_add_something_and_know_the_models_own_size(load):
+    sdxl = load("sdxl")
+    model = tiny_unet()
+    inputs = load("models").random_inputs(model, 1, 8, 8)
+    with torch.no_grad():
+        before = model(**inputs).sample
+        sdxl.put_random_blocks(model, GSPN2Config(proxy_ratio=4))
+        after = model(**inputs).sample
+        with softmax_attention(model):
+            assert torch.equal(model(**inputs).sample, before)
+    assert torch.isfinite(after).all() and not torch.allclose(after, before)
+    blocks = GSPN2Adapter.of_patched(model).blocks
+    assert {block.native_grid for block in blocks} == {site.grid for site in gspn2_sites(model)}
+
+
+class FakeRenderer:
+    """Draws noise, quickly."""
+
+    def __init__(self, resolution, device):
+        self.resolution = resolution
+
+    def __call__(self, scenes):
+        generator = torch.Generator().manual_seed(self.resolution)
+        return torch.rand(len(scenes), 3, *[self.resolution] * 2, generator=generator)
+
+
+@pytest.fixture
+def noise_for_renders(load, monkeypatch):
+    for module in ("gspn2_diffusers.tiny_scenes.score", "highres_quality"):
+        monkeypatch.setattr(load(module), "Renderer", FakeRenderer)
+
+
+QUALITY = ("--experiment", "quality", *QUICK_PICTURES, "--scenes", 2, "--scales", 2)
+CONTESTANTS = ["base, Lanczos", "cascade, GSPN-2", "cascade, GSPN-2, dilated", "cascade, softmax",
+               "direct, GSPN-2", "direct, softmax"]  # fmt: skip
+
+
+def test_highres_judges_every_contestant(small_teacher, noise_for_renders, results_of, tmp_path):
+    sheet = tmp_path / "new" / "sheet.png"
+    options = ("--teacher", small_teacher, *QUALITY, "--detail-renders", 1, "--sheet", sheet)
+    results, printed = results_of("highres", *options)
+    base, *rows = results["rows"]
+    assert (base["contestant"], base["size"], base["detail"]) == ("base", [64, 64], None)
+    assert [row["contestant"] for row in rows] == CONTESTANTS
+    for row in results["rows"]:
+        assert "error" not in row and row["seconds"] > 0
+        assert row["scores"]["scenes"] == 2 and "seconds" not in row["scores"]
+        assert "all_right" in row["scores"] and row["contestant"] in printed
+    details = {row["contestant"]: row["detail"] for row in rows}
+    assert details["base, Lanczos"] < details["direct, softmax"] < 1  # renders are noise here
+    # All cascades begin with what the base is.
+    assert all(row["stages"][0] == base["stages"][0] for row in rows[:4])
+    assert [stage["dilated_steps"] for stage in rows[2]["stages"]] == [0, 1]
+    assert rows[2]["stages"][1]["dilation"] == 2
+    assert results["arguments"]["sheet"] == "sheet.png"
+    with Image.open(sheet) as picture:
+        assert picture.width % 7 == 0 and sheet.stat().st_size <= 400_000
+
+
+@pytest.fixture
+def contest(small_teacher, noise_for_renders, load):
+    quality = load("highres_quality")
+    args = load("highres").parse_args([str(o) for o in (*QUALITY, "--teacher", small_teacher)])
+    args.dtype = "float32"
+    pipe = quality.load_teacher(small_teacher, CPU)
+    quality.apply_gspn2(pipe, shipped_folder("gspn2"))
+    exam = quality.prepare_exam(CPU, 2, 0)
+    return quality.Contest(args, quality.HighResPipeline(pipe), exam)
+
+
+def test_contestants_draw_the_same_captions_from_the_same_seeds(contest, load):
+    quality = load("highres_quality")
+    base = contest.draw(contest.all[1, "base"])[0]
+    enlarged = contest.draw(contest.all[2, "base, Lanczos"])[0]
+    assert torch.equal(enlarged, quality.enlarged(base, 128))
+    cascade = contest.all[2, "cascade, GSPN-2"]
+    first = contest.draw(replace(cascade, stages=cascade.stages[:1], side=64))[0]
+    assert torch.equal(first, base)
+    drawn = {name: contest.draw(contest.all[2, name])[0] for name in CONTESTANTS[1:]}
+    assert all(images.shape == (2, 3, 128, 128) for images in drawn.values())
+    assert len({images.numpy().tobytes() for images in drawn.values()}) == len(drawn)
+    contest.args.batch_size = 1  # pictures do not depend on those beside them
+    alone = contest.draw(cascade)[0].int()
+    assert (alone - drawn[cascade.name].int()).abs().max() <= 1
+
+
+def test_a_transformer_has_no_dilated_contestant(contest, load):
+    args, quality = contest.args, load("highres_quality")
+    pipe = load_pipeline(WEIGHTS / "pixart", dtype="float32", device="cpu")
+    found = quality.contestants_at(args, quality.HighResPipeline(pipe), 2)
+    assert [one.name for one in found] == [name for name in CONTESTANTS if "dilated" not in name]
+    assert [one.side for one in found] == 5 * [512]
+
+
+def test_fine_energy_is_that_above_the_limit(load):
+    fine_energy = load("highres_quality").fine_energy
+    place = torch.arange(64) + 0.5
+    for cycles, expected in ((0.1, 0.0), (0.2, 0.0), (0.3, 0.5), (0.45, 0.5)):
+        wave = torch.cos(2 * torch.pi * cycles * place) + 3
+        for images in (wave.expand(1, 3, 64, 64), wave[:, None].expand(1, 3, 64, 64)):
+            assert fine_energy(images, 0.25) == pytest.approx(expected, abs=0.02)
+
+
+def test_figures_of_highres_show_goals_native_times_and_predictions(load, tmp_path):
+    pytest.importorskip("matplotlib")
+    figures = load("figures")
+    about = {"device": "GPU", "torch": "2", "date": "2026-01-02T03:04:05"}
+    rows = [
+        {
+            "experiment": "speed", "size": [side, side], "seconds": side / 500,
+            "goal_seconds": side / 400, "goal_gib": None,
+            "native": {"seconds": side**2 / 1e5, "steps": 50} if side < 8000 else None,
+            "peak_gib": 20.0, "predicted_gib": 21.0,
+            "phases": [{"what": "stage 0", "peak_gib": 9.0, "predicted_gib": 9.5}],
+        }
+        for side in (4096, 8192)
+    ]  # fmt: skip
+    rows.append({"experiment": "speed", "size": [64, 64], "error": "out of memory"})
+    rows.append({"experiment": "quality", "size": [64, 64]})
+    for name, vram in (("speed-sdxl", None), ("speed-sdxl-24gib", 24.0)):
+        arguments = {
+            "dtype": "bfloat16", "model": "sdxl", "vram": vram, "reuse": 1, "upsample": "pixel",
+            "compile": False, "fp8": False, "channels_last": False,
+        }  # fmt: skip
+        results = {"environment": about, "arguments": arguments, "rows": rows}
+        (tmp_path / f"highres-{name}-cuda.json").write_text(json.dumps(results))
+    assert [found["label"] for found in figures.find_highres(tmp_path)] == ["all memory", "24 GiB"]
+    figures.main(["--results", str(tmp_path), "--images", str(tmp_path / "images")])
+    drawn = {path.stem: path.stat().st_size for path in (tmp_path / "images").iterdir()}
+    assert drawn.keys() == {"highres-time", "highres-memory"} and min(drawn.values()) > 5000
+
+
+def test_plans_say_how_and_what_would_fit(load, results_of, monkeypatch):
+    plans = load("plans")
+    unet = tiny_unet(sample_size=32)
+    monkeypatch.setattr(plans, "sdxl_parts", lambda: plans.Parts(unet, tiny_vae()))
+    options = ("--sizes", 64, 2048, "--cards", "H100:2", "RTX 4090:0.8")
+    results, printed = results_of("plans", *options)
+    fits, _, _, refused = results["rows"]
+    assert fits["size"] == [64, 64] and 0.5 < fits["peak_gib"] < 2 and fits["seconds"] > 0
+    assert refused["how"] is None and refused["needed_gib"] > 0.8
+    assert "would fit" in printed and "RTX 4090" in printed
+
+
+def test_plans_refuse_cards_that_they_do_not_know(load):
+    with pytest.raises(SystemExit, match="got 'abacus:3'"):
+        find = partial(load("plans").find_plans, [(64, 64)], ["abacus:3"], "pixel")
+        load("options").run_script(find)
