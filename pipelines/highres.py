@@ -116,10 +116,16 @@ class HighResPipeline(DiffusionPipeline):
         return find_denoiser(self.base)
 
     @property
+    def called_denoiser(self) -> nn.Module:
+        """The same as its pipeline calls it: compiled, if it was."""
+        modules = (part for part in self.components.values() if isinstance(part, nn.Module))
+        return next(m for m in modules if getattr(m, "_orig_mod", m) is self.denoiser)
+
+    @property
     def text_encoders(self) -> list[nn.Module]:
         """What runs before the denoiser does."""
         modules = (part for part in self.components.values() if isinstance(part, nn.Module))
-        return [part for part in modules if part is not self.denoiser and part is not self.vae]
+        return [part for part in modules if part not in (self.called_denoiser, self.vae)]
 
     @property
     def interrupt(self) -> bool:

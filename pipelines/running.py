@@ -72,12 +72,19 @@ class Request:
     softmax_base: bool
     image: Image.Image | None
 
+    def describe_stages(self) -> list[dict]:
+        """Plain values of each stage, its seeds among them."""
+        seeds = zip(*self.seeds, strict=True)
+        return [
+            {**stage.to_dict(), "seeds": list(own)}
+            for stage, own in zip(self.stages, seeds, strict=True)
+        ]
+
     def describe(self) -> dict:
         """Plain values of all but the stages."""
         return {
             "prompts": list(self.prompts),
             "negative_prompts": self.negative_prompts and list(self.negative_prompts),
-            "seeds": [list(seeds) for seeds in self.seeds],
             "upsample": self.upsample,
             "softmax_base": self.softmax_base,
             "image": self.image and _digest(self.image),
@@ -166,7 +173,7 @@ class Run:
     def _open_store(self, folder: str | os.PathLike) -> tuple[StageStore, int | None]:
         models = {"denoiser": fingerprint(self.pipe.denoiser), "vae": fingerprint(self.pipe.vae)}
         scheduler = {"scheduler": dict(self.pipe.scheduler.config)}
-        stages = [stage.to_dict() for stage in self.request.stages]
+        stages = self.request.describe_stages()
         store = StageStore(folder, self.request.describe() | models | scheduler, stages)
         return store, store.latest()
 
@@ -201,7 +208,8 @@ class Run:
             return self._encode_image(stage)
         thrift = self._thrift(index)
         model = self.pipe.denoiser
-        denoiser = GuidedDenoiser(model, told, not_told, stage.guidance_scale, thrift)
+        called = self.pipe.called_denoiser
+        denoiser = GuidedDenoiser(called, told, not_told, stage.guidance_scale, thrift)
         sampler = StageSampler(self.pipe.scheduler, stage, denoiser, self.device)
         generators = [seeded(seeds[index]) for seeds in self.request.seeds]
         image = None if before is None else self._enlarge(before, stage)
@@ -296,7 +304,7 @@ class Run:
 
     def _metadata(self) -> dict[str, str]:
         settings = self.request.describe()
-        settings["stages"] = [stage.to_dict() for stage in self.request.stages]
+        settings["stages"] = self.request.describe_stages()
         versions = {"gspn2-diffusers": gspn2_diffusers, "diffusers": diffusers, "torch": torch}
         return {
             "prompt": self.request.prompts[0],

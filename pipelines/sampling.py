@@ -45,7 +45,7 @@ class GuidedDenoiser:
     """A denoiser's answers for one prompt or several, with classifier-free guidance.
 
     Args:
-        model: the denoiser.
+        model: the denoiser, compiled or not; walked piece by piece it is not.
         told, not_told: rows of the prompts, and of what guidance leads away from, ``[n, ...]``.
         guidance_scale: 1 or less: no guidance.
         thrift: how the model is run.
@@ -59,7 +59,8 @@ class GuidedDenoiser:
         guidance_scale: float,
         thrift: Thrift,
     ):
-        self.model = model
+        self.called = model
+        self.model = model = getattr(model, "_orig_mod", model)
         self.scale = guidance_scale
         self.reuse = thrift.reuse
         if guidance_scale <= 1:
@@ -90,7 +91,7 @@ class GuidedDenoiser:
         inputs = self.inputs[index]
         timesteps = timestep.expand(len(noisy))
         if self.lean is None:
-            return predict(self.model, noisy, timesteps, inputs).float()
+            return predict(self.called, noisy, timesteps, inputs).float()
         noisy = noisy.to(self.model.dtype)
         return self.lean(noisy, timesteps, **inputs, deep=self.deep[index]).float()
 
