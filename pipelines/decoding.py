@@ -2,31 +2,35 @@
 
 A VAE normalises groups of channels by their mean and variance over the whole picture. Tiles that
 each use their own differ in contrast and colour, and show seams however well they are blended. So
-one pass over a sample of small crops, taken as one batch whose statistics are common to all of it,
-settles the mean and variance of every GroupNorm, and all tiles are computed with these.
+all tiles use the same: those of a sample of small crops from all over the picture, computed in
+batches whose GroupNorms see every crop at once.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
 from gspn2_diffusers.conditioning import safe_dtype
 from gspn2_diffusers.sites import pixels_per_latent
 
-CROPS_PER_TILE = 4  # statistics are taken from crops of a tile's side over this
-# Latent pixels at the edges of crops that statistics leave out: padding with zeros, which a tile
-# has at the picture's edges only, distorts what is near.
-CROP_MARGIN = 2
+# Side of a crop for statistics, in latent pixels. What is near in a picture is alike, so that many
+# small crops tell more of it than a few large ones.
+CROP = 8
+# Area of a batch of crops over that of a tile. The rest is for the copies that padding makes: as
+# traced for the VAE of SDXL, a batch and a tile then need the same memory.
+BATCH_SHARE = 0.75
 
 Progress = Callable[[int, int], None]
 Span = tuple[int, int]
@@ -40,8 +44,9 @@ class Tiling:
         tile: side of a tile, overlap included.
         overlap: at least what neighbours share. They are blended in the middle half of it; the
             outer quarters, which a tile's own edges distort, are dropped.
-        statistics_crops: crops, of a quarter of a tile's side, from which the normalisations'
-            statistics are taken: 16 are as much work as one tile.
+        statistics_crops: crops of 8 x 8 from which the statistics are taken, at most. They are
+            computed in batches that need no more memory than a tile; 256 are as much work as one
+            tile of 128.
 
     Raises:
         ValueError: a number out of range.
@@ -49,91 +54,87 @@ class Tiling:
 
     tile: int = 128
     overlap: int = 16
-    statistics_crops: int = 16
+    statistics_crops: int = 256
 
     def __post_init__(self) -> None:
-        if self.tile < 8:
-            raise ValueError(f"tile: expected at least 8 latent pixels, got {self.tile}")
+        if self.tile < 2 * CROP:
+            raise ValueError(f"tile: expected at least {2 * CROP} latent pixels, got {self.tile}")
         if not 0 <= self.overlap <= self.tile // 2:
             raise ValueError(
-                f"overlap: expected 0 to half a tile, {self.tile // 2} latent pixels, "
+                f"overlap: expected 0 to {self.tile // 2} latent pixels, half a tile, "
                 f"got {self.overlap}"
             )
         if self.statistics_crops < 1:
             raise ValueError(f"statistics_crops: expected at least 1, got {self.statistics_crops}")
 
 
-@torch.no_grad()
 def decode_bands(
     vae: AutoencoderKL,
     latents: Tensor,
     tiling: Tiling | None,
     progress: Progress | None = None,
 ) -> Iterator[np.ndarray]:
-    """Decode latents ``[1, c, h, w]`` from top to bottom.
+    """Bands uint8 ``[rows, width, 3]``, from top to bottom, that together are the picture.
+
+    The VAE is as it was whenever a band is handed out, and after an error.
 
     Args:
-        latents: scaled as the denoiser knows them, on any device, in any dtype.
+        latents: ``[1, c, h, w]``, scaled as the denoiser knows them, on any device, of any dtype.
         tiling: None decodes all at once, in one band.
-        progress: called with (tiles done, tiles in all).
-
-    Yields:
-        uint8 bands ``[rows, width, 3]``, which together are the picture.
+        progress: called with the number of tiles done and their total.
 
     Raises:
-        ValueError: latents of another shape.
+        TypeError: another kind of VAE.
+        ValueError: latents of another shape, a VAE with hooks on its layers or one that
+            overflows in its dtype.
     """
-    if latents.ndim != 4 or len(latents) != 1:
-        raise ValueError(f"expected latents [1, c, h, w], got {tuple(latents.shape)}")
-    scale = pixels_per_latent(vae.config)
-    decode = partial(_decode, vae)
-    # A generator keeps its no_grad only while it runs, so that the caller's mode is left alone.
-    with _plain_vae(vae), safe_dtype(vae), _shared_statistics(vae.decoder, latents, decode, tiling):
-        for band in _bands(latents, decode, 3, scale, tiling, progress):
-            pixels = ((band / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-            yield pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+    channels = _checked(vae).config.latent_channels
+    if latents.ndim != 4 or latents.shape[:2] != (1, channels):
+        raise ValueError(f"expected latents [1, {channels}, h, w], got {list(latents.shape)}")
+    job = _Job(
+        vae,
+        vae.decoder,
+        source=latents,
+        run=lambda tile: _decode(vae, tile),
+        channels=vae.config.out_channels,
+        source_scale=1,
+        scale=pixels_per_latent(vae.config),
+    )
+    return map(_to_bytes, job.bands(tiling, progress))
 
 
-@torch.no_grad()
 def encode_tiled(
     vae: AutoencoderKL,
     image: np.ndarray | Tensor,
     tiling: Tiling | None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents ``[1, c, h / 8, w / 8]`` of a picture, uint8 ``[h, w, 3]``, scaled as the denoiser
-    knows them: the means of the VAE's posterior, on its device.
+    """Latents ``[1, c, h / 8, w / 8]`` of a picture, scaled as the denoiser knows them.
+
+    They are the means of the VAE's posterior, in float32 or better, on the VAE's device.
 
     Args:
+        image: uint8 ``[h, w, 3]``, or floating point ``[1, 3, h, w]`` in -1..1.
         tiling, progress: as in :func:`decode_bands`.
 
     Raises:
-        ValueError: a picture of another shape or dtype, or sides that are no multiples of the
-            VAE's factor.
+        TypeError: another kind of VAE.
+        ValueError: a picture of another shape or dtype, sides that are no multiples of the VAE's
+            factor, a VAE with hooks on its layers or one that overflows in its dtype.
     """
+    scale = pixels_per_latent(_checked(vae).config)
     if isinstance(image, np.ndarray) and not image.flags.writeable:
         image = image.copy()  # torch warns of arrays that it could write to
-    picture = torch.as_tensor(image)
-    scale = pixels_per_latent(vae.config)
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(
-            f"expected a picture of uint8 [h, w, 3], got {picture.dtype} {tuple(picture.shape)}"
-        )
-    if picture.shape[0] % scale or picture.shape[1] % scale:
-        raise ValueError(
-            f"expected sides that are multiples of {scale} pixels, "
-            f"got {picture.shape[1]}x{picture.shape[0]}"
-        )
-    pixels = picture.permute(2, 0, 1)[None]
-    channels = vae.config.latent_channels
-    encode = partial(_encode, vae)
-    with (
-        _plain_vae(vae),
-        safe_dtype(vae),
-        _shared_statistics(vae.encoder, pixels, encode, tiling, scale),
-    ):
-        bands = list(_bands(pixels, encode, channels, 1, tiling, progress, scale))
-    return _scaled(vae, torch.cat(bands, dim=1)[None])
+    job = _Job(
+        vae,
+        vae.encoder,
+        source=_check_image(torch.as_tensor(image), scale),
+        run=lambda tile: _encode(vae, tile),
+        channels=vae.config.latent_channels,
+        source_scale=scale,
+        scale=1,
+    )
+    return _scaled(vae, torch.cat(list(job.bands(tiling, progress)), dim=1)[None])
 
 
 def tile_spans(size: int, tile: int, overlap: int) -> list[Span]:
@@ -146,229 +147,419 @@ def tile_spans(size: int, tile: int, overlap: int) -> list[Span]:
     return [(start, start + tile) for start in starts]
 
 
-def blend_weights(spans: Sequence[Span], scale: int) -> list[Tensor]:
-    """Weights of every tile along a side, `scale` to a latent pixel; they sum to one everywhere.
+def seam_metric(
+    picture: np.ndarray, rows: Sequence[int] = (), columns: Sequence[int] = (), width: int = 1
+) -> float:
+    """How much more a picture changes across some lines than across others nearby: 1 is no seam.
 
-    Neighbours cross over linearly in the middle half of what they share.
-    """
-    weights = [torch.ones((stop - start) * scale) for start, stop in spans]
-    for index in range(len(spans) - 1):
-        shared = (spans[index][1] - spans[index + 1][0]) * scale
-        quarter = shared // 4
-        middle = shared - 2 * quarter
-        ramp = torch.cat(
-            [
-                torch.zeros(quarter),
-                (torch.arange(middle) + 0.5) / max(middle, 1),
-                torch.ones(quarter),
-            ]
-        )
-        if shared:
-            weights[index + 1][:shared] *= ramp
-            weights[index][-shared:] *= 1 - ramp
-    return weights
-
-
-def seam_metric(picture: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> float:
-    """How much more a picture changes from one side of some lines to the other than elsewhere.
-
-    The mean absolute difference of neighbouring pixels across the lines over that across the lines
-    8 pixels beside them: 1 where no seam shows, whatever the picture.
+    The change across a line is the absolute difference between the means of the `width` pixels
+    before and behind it, averaged along the line and over channels. The metric is its mean over
+    the lines in question, over its mean over the lines that are 2 to 4 `width` away from them.
 
     Args:
-        picture: ``[h, w, 3]``.
-        rows, columns: numbers of the first row or column behind each line.
+        picture: ``[h, w, channels]``; or the difference of two, which tells more.
+        rows, columns: numbers of the first row or column behind a line.
+        width: of what may hide a seam: that of the blending.
+
+    Raises:
+        ValueError: no line, or one with fewer than 3 `width` pixels on either side.
     """
-    values = picture.astype(np.float64)
-    across, beside = [], []
+    across, nearby = [], []
     for axis, lines in ((0, rows), (1, columns)):
-        steps = np.abs(np.diff(values, axis=axis)).mean(axis=(1 - axis, 2))
+        sums = np.cumsum(np.asarray(picture, np.float64), axis=axis)
+        sums = np.moveaxis(np.insert(sums, 0, 0, axis=axis), axis, 0)
+        means = (sums[width:] - sums[:-width]) / width
+        changes = np.abs(means[width:] - means[:-width]).mean(axis=(1, 2))  # [n] is line n + width
         for line in lines:
-            across.append(steps[line - 1])
-            beside += [steps[n] for n in (line - 9, line + 7) if 0 <= n < len(steps)]
-    return float(np.mean(across) / max(np.mean(beside), 1e-9))
+            index = line - width
+            others = [index + sign * far for sign in (-1, 1) for far in range(2 * width, 4 * width)]
+            others = [other for other in others if 0 <= other < len(changes)]
+            if not (0 <= index < len(changes) and others):
+                raise ValueError(
+                    f"expected a line with {3 * width} pixels on both sides of it, got {line} "
+                    f"of {picture.shape[axis]}"
+                )
+            across.append(changes[index])
+            nearby.append(changes[others].mean())
+    if not across:
+        raise ValueError("expected rows or columns, got none")
+    return float(np.sum(across) / max(np.sum(nearby), 1e-12))
 
 
-def _bands(
-    source: Tensor,
-    run: Callable[[Tensor], Tensor],
-    channels: int,
-    scale: int,
-    tiling: Tiling | None,
-    progress: Progress | None,
-    unit: int = 1,
-) -> Iterator[Tensor]:
-    """Results ``[channels, rows, width]`` of running over a map, from top to bottom, float32.
+# ---- tiles
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tile along one axis, and what of it enters the result.
 
     Args:
-        source: ``[1, c, h, w]``, `unit` of its pixels to a latent pixel.
-        run: a tile of `source` to ``[1, channels, ...]``, `scale` of its pixels to a latent pixel.
+        start, stop: of the tile, in latent pixels.
+        begin, end: of what enters the result, in its pixels.
+        weights: ``[end - begin]``; those of all tiles sum to one everywhere.
+        ramp: how many of them, at the end, the next tile shares.
     """
-    height, width = (side // unit for side in source.shape[-2:])
-    tile, overlap = (max(height, width), 0) if tiling is None else (tiling.tile, tiling.overlap)
-    rows, columns = (tile_spans(side, tile, overlap) for side in (height, width))
-    total = len(rows) * len(columns)
-    row_weights, column_weights = (blend_weights(spans, scale) for spans in (rows, columns))
-    carried = None  # what the tiles above add to the rows that they share with the next ones
-    for index, ((top, bottom), by_row) in enumerate(zip(rows, row_weights, strict=True)):
+
+    start: int
+    stop: int
+    begin: int
+    end: int
+    weights: Tensor
+    ramp: int
+
+    def inside(self, scale: int) -> slice:
+        """The pixels of the tile's own result, `scale` to a latent pixel, that enter."""
+        return slice(self.begin - scale * self.start, self.end - scale * self.start)
+
+
+def _parts(size: int, tile: int, overlap: int, scale: int) -> list[_Part]:
+    """The tiles along an axis of `size` latent pixels, each of `scale` pixels in the result.
+
+    Neighbours cross over linearly around the middle of what they share.
+    """
+    spans = tile_spans(size, tile, overlap)
+    ramp = overlap // 2 * scale
+    rise = (torch.arange(ramp, dtype=torch.float64) + 0.5) / max(ramp, 1)
+    middles = [scale * (left[1] + right[0]) // 2 for left, right in zip(spans, spans[1:])]  # noqa: B905
+    begins = [0, *(middle - ramp // 2 for middle in middles)]
+    ends = [*(begin + ramp for begin in begins[1:]), size * scale]
+    parts = []
+    for number, ((start, stop), begin, end) in enumerate(zip(spans, begins, ends, strict=True)):
+        weights = torch.ones(end - begin, dtype=torch.float64)
+        is_last = number == len(spans) - 1
+        if ramp and number:
+            weights[:ramp] = rise
+        if ramp and not is_last:
+            weights[-ramp:] = 1 - rise
+        parts.append(_Part(start, stop, begin, end, weights, 0 if is_last else ramp))
+    return parts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A map that a part of a VAE is to be run over.
+
+    Args:
+        part: the module that `run` runs, and whose GroupNorms are to agree.
+        source: ``[1, c, h, w]``, `source_scale` of its pixels to a latent pixel.
+        run: from a batch cut from it to ``[n, channels, ...]``, `scale` pixels to a latent pixel.
+    """
+
+    vae: AutoencoderKL
+    part: nn.Module
+    source: Tensor
+    run: Callable[[Tensor], Tensor]
+    channels: int
+    source_scale: int
+    scale: int
+
+    def bands(self, tiling: Tiling | None, progress: Progress | None) -> Iterator[Tensor]:
+        """The result from top to bottom, ``[channels, rows, width]`` in float32 or better."""
+        height, width = self._size
+        tile, overlap = (tiling.tile, tiling.overlap) if tiling else (max(height, width), 0)
+        rows = _parts(height, tile, overlap, self.scale)
+        columns = _parts(width, tile, overlap, self.scale)
+        total = len(rows) * len(columns)
+        statistics = self._measure(tiling) if total > 1 else None
+        shared = None  # what the tiles above contribute to the rows that they share
+        for index, row in enumerate(rows):
+
+            def advance(done: int, before: int = index * len(columns)) -> None:
+                if progress is not None:
+                    progress(before + done, total)
+
+            band = self._band(row, columns, statistics, advance)
+            if shared is not None:
+                band[:, : shared.shape[1]] += shared
+            finished = band.shape[1] - row.ramp
+            shared = band[:, finished:].clone()
+            yield band[:, :finished]
+
+    @torch.no_grad()
+    def _band(
+        self,
+        row: _Part,
+        columns: Sequence[_Part],
+        statistics: _Statistics | None,
+        advance: Callable[[int], None],
+    ) -> Tensor:
+        """Weighted sum of the tiles in a row of them."""
         band = None
-        for number, ((left, right), by_column) in enumerate(
-            zip(columns, column_weights, strict=True), 1
-        ):
-            part = source[..., unit * top : unit * bottom, unit * left : unit * right]
-            piece = run(part)[0].float()
-            if band is None:
-                band = piece.new_zeros(channels, (bottom - top) * scale, width * scale)
-            weights = by_row.to(piece)[:, None] * by_column.to(piece)
-            band[:, :, left * scale : right * scale] += weights * piece
-            del piece
-            if progress is not None:
-                progress(index * len(columns) + number, total)
-        if carried is not None:
-            band[:, : carried.shape[1]] += carried
-        finished = (rows[index + 1][0] if index + 1 < len(rows) else height) - top
-        carried = band[:, finished * scale :]
-        yield band[:, : finished * scale]
+        with self._ready(statistics):
+            for number, column in enumerate(columns, start=1):
+                tile = self.run(self._cut(row.start, row.stop, column.start, column.stop))[0]
+                tile = tile[:, row.inside(self.scale), column.inside(self.scale)]
+                tile = tile.to(torch.promote_types(tile.dtype, torch.float32))
+                if band is None:
+                    band = tile.new_zeros(self.channels, row.end - row.begin, columns[-1].end)
+                band[:, :, column.begin : column.end] += column.weights.to(tile) * tile
+                del tile  # its memory is wanted for the next one
+                advance(number)
+            # Tensors without data, with which the planner follows this, have no values to look at.
+            if not (band.is_meta or math.isfinite(band.sum().item())):
+                raise ValueError(
+                    f"expected a VAE that gives finite numbers, got one that overflows in "
+                    f"{str(self.vae.dtype).removeprefix('torch.')}: use bfloat16 or float32 for it"
+                )
+        return band.mul_(row.weights.to(band)[:, None])
+
+    @torch.no_grad()
+    def _measure(self, tiling: Tiling) -> _Statistics:
+        """The statistics of crops that lie evenly over the source, in batches at random."""
+        side = min(CROP, *self._size)
+        corners = _spread(self._size, side, tiling.statistics_crops)
+        random.Random(0).shuffle(corners)
+        batches = math.ceil(len(corners) / int(BATCH_SHARE * (tiling.tile / side) ** 2))
+        statistics = _Statistics()
+        with self._ready(statistics), _crops_of_a_whole(self.part):
+            for first in range(batches):
+                crops = [self._cut(y, y + side, x, x + side) for y, x in corners[first::batches]]
+                self.run(torch.cat(crops))
+        statistics.settle()
+        return statistics
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width in latent pixels."""
+        height, width = self.source.shape[-2:]
+        return height // self.source_scale, width // self.source_scale
+
+    def _cut(self, top: int, bottom: int, left: int, right: int) -> Tensor:
+        unit = self.source_scale
+        return self.source[..., unit * top : unit * bottom, unit * left : unit * right]
+
+    @contextmanager
+    def _ready(self, statistics: _Statistics | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(_undivided(self.vae))
+            stack.enter_context(safe_dtype(self.vae))
+            if statistics is not None:
+                stack.enter_context(_shared_by_all_norms(self.part, statistics))
+            yield
 
 
-class SharedGroupNorm(nn.GroupNorm):
-    """A GroupNorm that normalises all it meets with the same mean and variance of each group.
-
-    Never constructed: GroupNorms become one for a while. The first batch settles the statistics,
-    which are taken over all its elements but the margins; the others use them.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        shared = self.shared_statistics
-        if shared.get(self) is None:
-            shared[self] = self._measure(x, shared.margin)
-        mean, variance = (
-            part.repeat_interleave(self.num_channels // self.num_groups) for part in shared[self]
-        )
-        weight, bias = (
-            None if part is None else part.to(mean.dtype) for part in (self.weight, self.bias)
-        )
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=self.eps)
-
-    def _measure(self, x: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``[groups]`` over a batch ``[n, C, h, w]`` or ``[n, C, N]``."""
-        if x.ndim == 4:
-            rows, columns = (round(margin * side) for side in x.shape[-2:])
-            x = x[:, :, rows : x.shape[2] - rows, columns : x.shape[3] - columns]
-        x = x.double() if x.dtype == torch.float64 else x.float()
-        groups = x.unflatten(1, (self.num_groups, -1)).transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(groups, dim=1, correction=0)
-        return mean, variance
-
-
-class _Statistics(dict):
-    """Statistics by GroupNorm.
-
-    Args:
-        margin: share of a crop's side that is left out at each edge.
-    """
-
-    def __init__(self, margin: float):
-        super().__init__()
-        self.margin = margin
-
-
-@contextmanager
-def _shared_statistics(
-    part: nn.Module,
-    source: Tensor,
-    run: Callable[[Tensor], Tensor],
-    tiling: Tiling | None,
-    unit: int = 1,
-) -> Iterator[None]:
-    """While inside, the GroupNorms of `part` use statistics taken from crops of `source`.
-
-    Where the source is no more than one tile, they are left alone: its own are exact.
-    """
-    size = [side // unit for side in source.shape[-2:]]
-    if tiling is None or max(size) <= tiling.tile:
-        yield
-        return
-    side = min(*size, tiling.tile // CROPS_PER_TILE)
-    spots = _spread(size, side, tiling.statistics_crops)
-    crops = [
-        source[..., unit * y : unit * (y + side), unit * x : unit * (x + side)] for y, x in spots
-    ]
-    norms = [module for module in part.modules() if type(module) is nn.GroupNorm]
-    statistics = _Statistics(CROP_MARGIN / side if side > 4 * CROP_MARGIN else 0.0)
-    with ExitStack() as stack:
-        for norm in norms:
-            stack.callback(_restore, norm)
-            norm.__class__ = SharedGroupNorm
-            norm.__dict__["shared_statistics"] = statistics
-        run(torch.cat(crops))
-        yield
-
-
-def _restore(norm: nn.GroupNorm) -> None:
-    norm.__class__ = nn.GroupNorm
-    norm.__dict__.pop("shared_statistics", None)
-
-
-def _spread(size: Sequence[int], side: int, count: int) -> list[tuple[int, int]]:
-    """(top, left) of about `count` squares that lie evenly over a map of this (height, width)."""
+def _spread(size: tuple[int, int], side: int, count: int) -> list[tuple[int, int]]:
+    """(top, left) of about `count` squares, or as many as fit, that lie evenly over a map of this
+    height and width."""
     height, width = size
-    rows = min(max(1, round(math.sqrt(count * height / width))), -(-height // side))
-    columns = min(max(1, count // rows), -(-width // side))
+    rows = min(max(1, round(math.sqrt(count * height / width))), count, height // side)
+    columns = min(max(1, count // rows), width // side)
     tops, lefts = (
-        [round((index + 0.5) * (length - side) / number) for index in range(number)]
-        for length, number in ((height, rows), (width, columns))
+        [round((number + 0.5) * length / total - side / 2) for number in range(total)]
+        for length, total in ((height, rows), (width, columns))
     )
     return [(top, left) for top in tops for left in lefts]
 
 
+# ---- statistics that all tiles share
+
+
+@dataclass
+class _Statistics:
+    """Mean and variance of every group, by the name of their GroupNorm.
+
+    They are measured until they are settled, for each batch anew: its own statistics are what a
+    batch is normalised with.
+    """
+
+    measured: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    settled: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def of(self, name: str, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``[groups]`` to normalise `x` ``[n, C, ...]`` with."""
+        if name in self.settled:
+            return self.settled[name]
+        # One sample after the other: a copy of all in float32 may be twice as large as they are.
+        each = [_moments(sample.unflatten(0, (groups, -1)).flatten(1)) for sample in x]
+        moments = _pool(each)
+        self.measured.setdefault(name, []).append(moments)
+        return moments
+
+    def settle(self) -> None:
+        self.settled = {name: _pool(moments) for name, moments in self.measured.items()}
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(
+        rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1, correction=0
+    )
+    return mean, variance
+
+
+def _pool(moments: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the union of parts of one size."""
+    means, variances = (torch.stack(values) for values in zip(*moments, strict=True))
+    mean = means.mean(dim=0)
+    return mean, variances.mean(dim=0) + (means - mean).square().mean(dim=0)
+
+
+class SharedGroupNorm(nn.GroupNorm):
+    """A GroupNorm that normalises all samples with the same mean and variance of each group.
+
+    Never constructed: the GroupNorms of a VAE are one for a while.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.statistics.of(self.name, x, self.num_groups)
+        size = self.num_channels // self.num_groups
+        affine = [None if p is None else p.to(mean) for p in (self.weight, self.bias)]
+        # Given statistics, batch norm is all that is left; it takes float32 ones with x of 16 bits.
+        return F.batch_norm(
+            x, mean.repeat_interleave(size), variance.repeat_interleave(size), *affine, eps=self.eps
+        )
+
+
+class BatchAttention(Attention):
+    """Attention from each sample of a batch of maps ``[n, C, h, w]`` to all of them.
+
+    Never constructed: the attention layers of a VAE are one for a while.
+    """
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        tall = hidden_states.transpose(0, 1).flatten(1, 2)[None]
+        tall = super().forward(tall, *args, **kwargs)
+        return tall[0].unflatten(1, (len(hidden_states), -1)).transpose(0, 1)
+
+
+class ReplicatingDownsample2D(Downsample2D):
+    """A strided convolution that repeats the last row and column instead of adding zeros.
+
+    Never constructed: those of an encoder are one for a while.
+    """
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1), mode="replicate"))
+
+
 @contextmanager
-def _plain_vae(vae: AutoencoderKL) -> Iterator[None]:
-    """While inside, the VAE does not cut anything itself."""
-    before = {name: getattr(vae, name, None) for name in ("use_tiling", "use_slicing")}
-    for name in before:
-        setattr(vae, name, False)
+def _shared_by_all_norms(part: nn.Module, statistics: _Statistics) -> Iterator[None]:
+    """While inside, the GroupNorms of `part` measure or use these statistics.
+
+    Raises:
+        ValueError: a hook has replaced a layer's forward pass.
+    """
+    with ExitStack() as stack:
+        for name, module in part.named_modules():
+            if isinstance(module, nn.GroupNorm):
+                stack.enter_context(_as_class(name, module, SharedGroupNorm))
+                stack.enter_context(_with_values(module, statistics=statistics, name=name))
+        yield
+
+
+@contextmanager
+def _crops_of_a_whole(part: nn.Module) -> Iterator[None]:
+    """While inside, the samples of a batch are taken for parts of one picture: attention reaches
+    all, and convolutions find no zeros beyond the edges, which a picture's inside does not have."""
+    with ExitStack() as stack:
+        for name, module in part.named_modules():
+            if type(module) is Attention:
+                stack.enter_context(_as_class(name, module, BatchAttention))
+            elif type(module) is Downsample2D and module.use_conv and module.padding == 0:
+                stack.enter_context(_as_class(name, module, ReplicatingDownsample2D))
+            elif isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+                stack.enter_context(_with_values(module, padding_mode="replicate"))
+        yield
+
+
+@contextmanager
+def _as_class(name: str, module: nn.Module, cls: type[nn.Module]) -> Iterator[None]:
+    # A hook library that replaced `forward` on the instance holds on to the class's own.
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{name}: expected a layer whose forward is its class's own, got one replaced by a "
+            "hook: remove the hook (sequential or group offload, ...), or decode without tiles"
+        )
+    own, module.__class__ = module.__class__, cls
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
+        module.__class__ = own
+
+
+@contextmanager
+def _with_values(module: nn.Module, **values: object) -> Iterator[None]:
+    """While inside, the module's plain attributes have these values."""
+    before = {name: module.__dict__[name] for name in values if name in module.__dict__}
+    module.__dict__.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+
+
+def _undivided(vae: AutoencoderKL):
+    """While inside, the VAE cuts nothing into tiles or slices itself."""
+    return _with_values(vae, use_tiling=False, use_slicing=False)
+
+
+# ---- the VAE
+
+
+def _checked(vae: AutoencoderKL) -> AutoencoderKL:
+    if not isinstance(vae, AutoencoderKL):
+        raise TypeError(f"expected an AutoencoderKL, got {type(vae).__name__}")
+    return vae
+
+
+def _check_image(image: Tensor, scale: int) -> Tensor:
+    """A picture as ``[1, 3, h, w]``."""
+    if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        image = image.permute(2, 0, 1)[None]
+    elif not (image.is_floating_point() and image.ndim == 4 and image.shape[:2] == (1, 3)):
+        raise ValueError(
+            "expected a picture of uint8 [h, w, 3] or floating point [1, 3, h, w], "
+            f"got {str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+        )
+    height, width = image.shape[-2:]
+    if height % scale or width % scale or not height * width:
+        raise ValueError(
+            f"expected sides that are multiples of {scale} pixels, got {height} x {width}"
+        )
+    return image
 
 
 def _decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels in -1..1 of latents, both ``[n, c, h, w]``."""
-    config = vae.config
+    """Pixels in -1..1 of latents as the denoiser knows them."""
+    factor, shift = _scaling(vae)
     latents = latents.to(_device(vae), torch.promote_types(latents.dtype, torch.float32))
-    if getattr(config, "latents_mean", None) is not None:
-        mean, std = _latent_moments(vae, latents)
-        latents = latents * std / config.scaling_factor + mean
-    else:
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    latents = latents * factor.to(latents) + shift.to(latents)
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
 def _encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Latents, not scaled, of uint8 pixels, both ``[n, c, h, w]``."""
-    pixels = pixels.to(_device(vae)).to(vae.dtype) / 127.5 - 1
-    return vae.encode(pixels).latent_dist.mode()
+    """Latents as the VAE gives them, of pixels in 0..255 or -1..1."""
+    if pixels.dtype == torch.uint8:
+        # Rows of a picture lie in one piece, its channels do not: they would be copied one by one.
+        pixels = pixels.permute(0, 2, 3, 1).to(_device(vae)).permute(0, 3, 1, 2)
+        pixels = pixels.to(vae.dtype) / 127.5 - 1
+    pixels = pixels.to(_device(vae), vae.dtype)
+    return vae.encode(pixels, return_dict=False)[0].mode()
 
 
 def _scaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents as the denoiser knows them."""
+    factor, shift = _scaling(vae)
+    return (latents - shift.to(latents)) / factor.to(latents)
+
+
+def _scaling(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Factor and shift ``[1, c or 1, 1, 1]`` from the denoiser's latents to the VAE's own."""
     config = vae.config
-    if getattr(config, "latents_mean", None) is not None:
-        mean, std = _latent_moments(vae, latents)
-        return (latents - mean) * config.scaling_factor / std
-    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-
-
-def _latent_moments(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = vae.config.latents_mean, vae.config.latents_std
-    return tuple(torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, std))
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+    return std / config.scaling_factor, mean
 
 
 def _device(vae: AutoencoderKL) -> torch.device:
-    """Where the VAE computes: an offload hook says so, else where its weights are."""
-    hook = getattr(vae, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    """Where the VAE computes: it waits elsewhere while it is offloaded."""
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
     return vae.device if device is None else torch.device(device)
+
+
+def _to_bytes(band: Tensor) -> np.ndarray:
+    """Pixels ``[3, h, w]`` in -1..1 as uint8 ``[h, w, 3]``."""
+    levels = (band / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    return levels.permute(1, 2, 0).contiguous().cpu().numpy()
