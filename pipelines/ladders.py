@@ -30,9 +30,9 @@ CONTEXT_BYTES = 512 * 2**20  # the CUDA context and the kernels' code, outside t
 WORKSPACE_BYTES = 160 * 2**20
 WORKSPACE_SHARE = 0.02
 FRAGMENTATION_SHARE = 0.05  # of the traced peak: gaps that the allocator cannot use
-# Where the VAE decodes or encodes a large picture at once, an H100 held half as much again as the
-# trace (2048² and 3840x2160, benchmarks/results/highres-sdxl-cuda.json); in tiles it did not.
-WHOLE_VAE_SHARE = 0.5
+# While the VAE decodes or encodes, an H100 held half as much again as the trace of 2048² and of
+# 2160x3840 pixels at once (benchmarks/results/highres-sdxl-cuda.json): more than denoisers take.
+VAE_WORKSPACE_SHARE = 0.5
 # And its convolutions, of few channels, reached this share of the rates (4096² to 16384², tiled).
 VAE_RATE_SHARE = 0.8
 LATENT_COPIES = 8  # float32 latents that wait while the denoiser runs, some to spare
@@ -294,8 +294,7 @@ class Ladders:
             if self.rates is not None:
                 work = _tiles(size, tiling) / _tiles(latent[-1], tiling) / share / VAE_RATE_SHARE
                 seconds += self.batch * work * cost.seconds(self.rates)
-        if tiling is None:
-            peak = math.ceil((1 + WHOLE_VAE_SHARE) * peak)
+        peak = math.ceil((1 + VAE_WORKSPACE_SHARE) * peak)
         waiting = 4 * self.batch * self.denoiser.config.in_channels * math.prod(latent[-1])
         weights = self._vae_bytes + (0 if without_denoiser else self._denoiser_bytes)
         return Option(

@@ -136,14 +136,14 @@ def test_tiles_are_exact_with_statistics_of_everything_and_overlap_for_the_recep
     monkeypatch,
 ):
     # 12 latent pixels: the convolutions before the 2 x upsampling reach 9 of them, the others 3.
-    vae, latents = vae_of(8, 8), random_latents(110, 140)
+    vae, latents = vae_of(8, 8), random_latents(96, 144)
     with torch.no_grad():
         expected = vae.decode(latents / vae.config.scaling_factor).sample[0]
     with_statistics_of_everything(monkeypatch)
     monkeypatch.setattr(decoding, "_to_bytes", lambda band: band)
     bands = list(decode_bands(vae, latents, Tiling(tile=96, overlap=48)))
     torch.testing.assert_close(torch.cat(bands, dim=1), expected, rtol=0, atol=1e-11)
-    bands = list(decode_bands(vae, latents, Tiling(tile=60, overlap=8)))
+    bands = list(decode_bands(vae, latents, Tiling(tile=88, overlap=32)))
     assert (torch.cat(bands, dim=1) - expected).abs().max() > 1e-9
 
 
@@ -152,7 +152,7 @@ def test_encoding_is_exact_with_statistics_of_everything_and_overlap_for_the_rec
 ):
     vae = vae_of(8, 8)
     torch.manual_seed(1)
-    image = torch.rand(1, 3, 220, 280, dtype=torch.float64) * 2 - 1
+    image = torch.rand(1, 3, 192, 288, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         expected = vae.encode(image).latent_dist.mode() * vae.config.scaling_factor
     with_statistics_of_everything(monkeypatch)
@@ -512,7 +512,6 @@ def test_the_vaes_own_tiling_is_many_times_further_from_the_whole_picture(traine
         tiled = vae.decode(latents / vae.config.scaling_factor).sample[0].permute(1, 2, 0)
     tiled = ((tiled / 2 + 0.5).clamp(0, 1) * 255).numpy()
     error = np.abs(decode(trained, latents, SMALL).astype(int) - whole).mean()
-    print(error, np.abs(tiled - whole).mean())
     assert np.abs(tiled - whole).mean() > 8 * error
 
 
@@ -521,7 +520,6 @@ def test_tiles_encode_like_the_whole_picture(trained, scene, monkeypatch):
     error = (encode_tiled(trained, picture, SMALL) - latents).abs().mean() / latents.std()
     with_statistics_of_each_tile(monkeypatch)
     with_own = (encode_tiled(trained, picture, SMALL) - latents).abs().mean() / latents.std()
-    print(error, with_own)
     assert error < 0.07 and with_own > 3 * error
 
 
@@ -529,7 +527,6 @@ def test_with_statistics_of_everything_a_trained_vae_shows_no_tiles(trained, sce
     _, latents, whole = scene
     with_statistics_of_everything(monkeypatch)
     difference = np.abs(decode(trained, latents, SMALL).astype(int) - whole)
-    print(difference.mean(), difference.max())
     assert difference.mean() < 0.1 and difference.max() <= 6
 
 
