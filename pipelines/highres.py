@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ from gspn2_diffusers.pipelines.planner import Plan, plan_stages
 from gspn2_diffusers.pipelines.running import Progress, Request, Run
 from gspn2_diffusers.pipelines.writing import check_writable
 from gspn2_diffusers.sites import pixels_per_latent
+
+logger = logging.get_logger(__name__)
 
 UPSAMPLING = ("pixel", "latent")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -273,13 +275,10 @@ class HighResPipeline(DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         _check_outputs(request, output, keep, resume)
-        if plan is None and execution_device(self).type == "cuda":
-            plan = plan_stages(
-                self.base, request.stages, vram, batch=len(request.prompts), reuse=reuse,
-                upsample=upsample, softmax_base=softmax_base,
-            )  # fmt: skip
-        elif plan is not None:
+        if plan is not None:
             _check_plan(plan, request.stages)
+        elif execution_device(self).type == "cuda":
+            plan = self._plan(request, vram, reuse)
         self._interrupt = False
         images, path = [], None
         with Run(self, request, plan, reuse, progress, callback_on_step_end) as run:
@@ -294,6 +293,16 @@ class HighResPipeline(DiffusionPipeline):
         return result if return_dict else (result.images,)
 
     __call__.__doc__ += EXAMPLE_DOC_STRING
+
+    def _plan(self, request: Request, vram: int | None, reuse: int) -> Plan | None:
+        """What fits the device; None for models whose needs cannot be predicted."""
+        if getattr(self.denoiser, "hf_quantizer", None) is not None:
+            logger.warning("a quantised denoiser: this run is not planned and may need more memory")
+            return None
+        return plan_stages(
+            self.base, request.stages, vram, batch=len(request.prompts), reuse=reuse,
+            upsample=request.upsample, softmax_base=request.softmax_base,
+        )  # fmt: skip
 
     def _check_stages(self, stages: Sequence[Stage], height: int | None, width: int | None) -> None:
         if not stages:

@@ -34,3 +34,16 @@ def test_evaluate_prints_the_table_and_writes_the_results(sd_folder, gspn2_folde
     assert "KD error" in done.stdout and "softmax attention" in done.stdout
     assert done.stdout.splitlines()[-1] == str(tmp_path / "results.json")
     assert (tmp_path / "results.json").is_file() and (tmp_path / "images-48.png").is_file()
+
+
+def test_generate_highres_writes_a_picture_of_the_size_asked_for(
+    sd_folder, gspn2_folder, tmp_path
+):
+    output = tmp_path / "picture.png"
+    command = [sys.executable, EXAMPLES / "generate_highres.py", sd_folder, "a cube"]
+    options = ["--weights", gspn2_folder, "--size", "96x64", "--steps", "2", "--output", output]
+    done = subprocess.run([*map(str, command), *map(str, options)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(output).size == (96, 64)
+    assert "96x64: 3 steps of strength 0.3" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(output)

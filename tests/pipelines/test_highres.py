@@ -295,6 +295,19 @@ def test_out_of_memory_is_tried_once_more_with_a_leaner_plan(failures, survives,
     assert result.plan.left == 1
 
 
+def test_runs_on_cuda_are_planned_unless_the_model_is_quantised(monkeypatch):
+    pipe, planned = highres(), []
+    monkeypatch.setattr(module, "execution_device", lambda pipe: torch.device("cuda"))
+    monkeypatch.setattr(module, "plan_stages", lambda *args, **kw: planned.append((args, kw)))
+    draw(pipe, stages=STAGES[:2], vram=5, reuse=2, upsample="latent")
+    (_, stages, vram), options = planned.pop()
+    assert stages == STAGES[:2] and vram == 5
+    assert options == {"batch": 1, "reuse": 2, "upsample": "latent", "softmax_base": True}
+    pipe.denoiser.hf_quantizer = object()
+    draw(pipe, stages=STAGES[:1])
+    assert not planned
+
+
 def test_a_plan_for_other_sizes_is_refused():
     with pytest.raises(ValueError, match="plan: expected one for stages"):
         highres()("a cube", stages=STAGES[:2], plan=FakePlan())
