@@ -100,7 +100,7 @@ def decode_bands(
         source_scale=1,
         scale=pixels_per_latent(vae.config),
     )
-    return map(_to_bytes, job.bands(tiling, progress))
+    return (_to_bytes(band) for band in job.bands(tiling, progress))
 
 
 def encode_tiled(
