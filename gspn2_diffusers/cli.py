@@ -74,6 +74,13 @@ Height = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_defau
 Width = Annotated[int | None, typer.Option(min=1, help="In pixels.", show_default="the model's")]
 
 
+# Of large pictures:
+Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or the side of a square.")]
+FirstSteps = Annotated[int, typer.Option(min=1, help="Of the first stage.")]
+FirstGuidance = Annotated[float, typer.Option(help="Of the first stage.")]
+UpperGuidance = Annotated[float, typer.Option(help="Of the others; 1: none, half the time.")]
+Upsample = Annotated[UpsampleName, typer.Option(help="Where stages are enlarged.")]
+Reuse = Annotated[int, typer.Option(min=1, help="Last stage: steps that share deep features.")]
 Vram = Annotated[
     float | None,
     typer.Option(min=0.1, help="GiB of the GPU to use.", show_default="what is free"),
@@ -342,9 +349,7 @@ def doctor() -> None:
 )
 def highres(
     prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
-    size: Annotated[
-        str, typer.Option(help="WIDTHxHEIGHT in pixels, or the side of a square.")
-    ] = "1024x1024",
+    size: Size = "1024x1024",
     model: Annotated[
         str | None,
         typer.Option(help="Pipeline: a folder, or a hub id.", show_default="Tiny Scenes"),
@@ -363,20 +368,14 @@ def highres(
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to lead away from.", show_default=False)
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the first stage.")] = 30,
-    guidance_scale: Annotated[float, typer.Option(help="Of the first stage.")] = 5.0,
-    upper_guidance_scale: Annotated[
-        float, typer.Option(help="Of the others; 1: none, half the time.")
-    ] = 1.0,
+    steps: FirstSteps = 30,
+    guidance_scale: FirstGuidance = 5.0,
+    upper_guidance_scale: UpperGuidance = 1.0,
     dilated_steps: Annotated[
         float, typer.Option(min=0, max=1, help="Part of the others with dilated convolutions.")
     ] = 0.0,
-    upsample: Annotated[
-        UpsampleName, typer.Option(help="Where stages are enlarged.")
-    ] = UpsampleName.pixel,
-    reuse: Annotated[
-        int, typer.Option(min=1, help="Last stage: steps that share deep features.")
-    ] = 1,
+    upsample: Upsample = UpsampleName.pixel,
+    reuse: Reuse = 1,
     vram: Vram = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     device: Device = None,
@@ -440,24 +439,18 @@ def highres(
 )
 def plan(
     model: Model,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, or the side of a square.")],
+    size: Size,
     weights: Weights = None,
     vram: Vram = None,
     card: Annotated[
         str | None,
         typer.Option(help="GPU whose speed is taken.", show_default="the one here"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the first stage.")] = 30,
-    guidance_scale: Annotated[float, typer.Option(help="Of the first stage.")] = 5.0,
-    upper_guidance_scale: Annotated[
-        float, typer.Option(help="Of the others; 1: none, half the time.")
-    ] = 1.0,
-    upsample: Annotated[
-        UpsampleName, typer.Option(help="Where stages are enlarged.")
-    ] = UpsampleName.pixel,
-    reuse: Annotated[
-        int, typer.Option(min=1, help="Last stage: steps that share deep features.")
-    ] = 1,
+    steps: FirstSteps = 30,
+    guidance_scale: FirstGuidance = 5.0,
+    upper_guidance_scale: UpperGuidance = 1.0,
+    upsample: Upsample = UpsampleName.pixel,
+    reuse: Reuse = 1,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
 ) -> None:
     """Say how `gspn2 highres` would fit a picture into a GPU, and its time there.

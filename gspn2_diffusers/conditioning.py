@@ -69,14 +69,23 @@ def predict(denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, inputs: dict)
 
 def native_resolution(pipe: DiffusionPipeline) -> int:
     """Side of the square image, in pixels, that the denoiser is made for."""
-    return find_denoiser(pipe).config.sample_size * pixels_per_latent(pipe.vae.config)
+    return native_side(find_denoiser(pipe), pixels_per_latent(pipe.vae.config))
 
 
 def size_step(pipe: DiffusionPipeline) -> int:
     """What the sides of an image, in pixels, must be multiples of."""
-    config = find_denoiser(pipe).config
-    levels = len(config.get("block_out_channels", [1]))
-    return pixels_per_latent(pipe.vae.config) * (config.get("patch_size") or 2 ** (levels - 1))
+    return side_step(find_denoiser(pipe), pixels_per_latent(pipe.vae.config))
+
+
+def native_side(denoiser: nn.Module, scale: int) -> int:
+    """`native_resolution` of a denoiser whose latent pixels are `scale` pixels wide."""
+    return denoiser.config.sample_size * scale
+
+
+def side_step(denoiser: nn.Module, scale: int) -> int:
+    """`size_step` of a denoiser whose latent pixels are `scale` pixels wide."""
+    levels = len(denoiser.config.get("block_out_channels", [1]))
+    return scale * (denoiser.config.get("patch_size") or 2 ** (levels - 1))
 
 
 def class_numbers(pipe: DiffusionPipeline, captions: Sequence[str]) -> list[int]:

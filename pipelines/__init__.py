@@ -1,6 +1,6 @@
 """Load pipelines, with or without GSPN-2 weights, and generate pictures of any size with them."""
 
-import importlib
+from gspn2_diffusers.lazy import lazy_getattr
 
 # Names are resolved on first use: loading a pipeline should not wait for every model family.
 _HOME = {
@@ -23,10 +23,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy_getattr(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

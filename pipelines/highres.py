@@ -124,12 +124,6 @@ class HighResPipeline(DiffusionPipeline):
         return next(m for m in modules if getattr(m, "_orig_mod", m) is self.denoiser)
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
-        """What runs before the denoiser does."""
-        modules = (part for part in self.components.values() if isinstance(part, nn.Module))
-        return [part for part in modules if part not in (self.called_denoiser, self.vae)]
-
-    @property
     def interrupt(self) -> bool:
         """Set `_interrupt` in a callback to stop after the step."""
         return self._interrupt

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gspn2_diffusers.adapter import GSPN2Adapter
 from gspn2_diffusers.attention import PATCHED_CLASSES
 from gspn2_diffusers.block import GSPN2Block
+from gspn2_diffusers.conditioning import native_side, side_step
 from gspn2_diffusers.families import FAMILIES, find_denoiser
 from gspn2_diffusers.grid import attach_grid_hook
 from gspn2_diffusers.lift import Lift
@@ -77,14 +78,12 @@ class Parts:
     @property
     def native_pixels(self) -> int:
         """Side of the square picture that the denoiser is made for."""
-        return self.denoiser.config.sample_size * self.pixels_per_latent
+        return native_side(self.denoiser, self.pixels_per_latent)
 
     @property
     def size_step(self) -> int:
         """Pixels of which the sides of smaller stages are multiples."""
-        config = self.denoiser.config
-        levels = len(config.get("block_out_channels", [1]))
-        return self.pixels_per_latent * (config.get("patch_size") or 2 ** (levels - 1))
+        return side_step(self.denoiser, self.pixels_per_latent)
 
     def bytes_on_device(self) -> int:
         """Weights that are on the device now."""

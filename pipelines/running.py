@@ -30,6 +30,7 @@ from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.decoding import Tiling, decode_bands, encode_tiled
 from gspn2_diffusers.pipelines.generation import seeded
 from gspn2_diffusers.pipelines.keeping import StageStore
+from gspn2_diffusers.pipelines.parts import Parts
 from gspn2_diffusers.pipelines.planner import Plan
 from gspn2_diffusers.pipelines.sampling import (
     GuidedDenoiser,
@@ -191,7 +192,7 @@ class Run:
             else:
                 not_told = encode_prompts(base, request.negative_prompts)
         if self.plan is not None and self.plan.offload_text:
-            self._stack.enter_context(self._away(self.pipe.text_encoders))
+            self._stack.enter_context(self._away(Parts.of(base).others))
         first = request.stages[0]  # the size that the model knows, for those that are told one
         size = [first.height, first.width]
         sizes = torch.tensor([[*size, 0, 0, *size]] * len(request.prompts))
