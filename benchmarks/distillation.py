@@ -33,7 +33,7 @@ from layer import gspn2_layer, run_on, softmax_layer
 from measuring import Timer, capturing_stream
 from mixers import MIXERS, put_mixers
 from options import at_least, parser, prepare, run_script
-from report import RESULTS, device_name, number, show, table, write_results
+from report import RESULTS, device_name, number, results_to_keep, show, table, write_results
 from rich.table import Table
 from torch import nn
 
@@ -676,18 +676,11 @@ def finished_rows(args: argparse.Namespace, path: Path) -> list[dict]:
     """
     if not args.resume or not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    paths = {"teacher", "cache", "probe"}
-    for name in vars(args).keys() - NOT_SETTINGS:
-        own = getattr(args, name)
-        own = own.name if name in paths else own
-        if found["arguments"].get(name) != own:
-            raise ValueError(
-                f"--resume: expected the settings of {path.name}, got --{name} {own} instead of "
-                f"{found['arguments'].get(name)}"
-            )
+    settings = {name: getattr(args, name) for name in vars(args).keys() - NOT_SETTINGS}
+    settings |= {name: settings[name].name for name in ("teacher", "cache", "probe")}
+    found = results_to_keep(path, settings)
     args.step_ratio = args.step_ratio or found["step_ratio"]
-    return [row for row in found["rows"] if "error" not in row]
+    return found["rows"]
 
 
 def make_row(experiment: str, name: str, recipe: Recipe, result: dict, layer_ms: dict) -> dict:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import signal
 import sys
@@ -37,7 +36,7 @@ from highres_runs import attempt, ignore, release, stages_of
 from measuring import SLOW_MS, Timer
 from models import PIXELS_PER_LATENT, random_inputs
 from options import at_least, parser, prepare, run_script
-from report import RESULTS, device_name, number, show, table
+from report import RESULTS, device_name, number, results_to_keep, show, table
 from rich.table import Table
 from sdxl import build_sdxl_pipeline
 from torch import Tensor, nn
@@ -512,15 +511,9 @@ def finished_rows(args: argparse.Namespace, path: Path) -> list[dict]:
     """
     if not args.resume or not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    shown = json.loads(json.dumps(vars(_without_places(args)), default=str))
-    for name in sorted(shown.keys() - NOT_SETTINGS):
-        if found["arguments"].get(name) != shown[name]:
-            raise ValueError(
-                f"--resume: expected the settings of {path.name}, got --{name} {shown[name]} "
-                f"instead of {found['arguments'].get(name)}"
-            )
-    return [row for row in found["rows"] if "error" not in row]
+    shown = vars(_without_places(args))
+    settings = {name: shown[name] for name in shown.keys() - NOT_SETTINGS}
+    return results_to_keep(path, settings)["rows"]
 
 
 def _without_places(args: argparse.Namespace) -> argparse.Namespace:

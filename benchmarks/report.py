@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,6 +83,25 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content | figures | {"rows": rows}, indent=2, default=str) + "\n")
     return path
+
+
+def results_to_keep(path: Path, settings: Mapping[str, object]) -> dict:
+    """What ``--resume`` goes on from: a results file less the rows that failed.
+
+    Args:
+        settings: arguments that must be those of the file.
+
+    Raises:
+        ValueError: the file is of other settings.
+    """
+    found = json.loads(path.read_text())
+    for name, own in json.loads(json.dumps(settings, default=str, sort_keys=True)).items():
+        if found["arguments"].get(name) != own:
+            raise ValueError(
+                f"--resume: expected the settings of {path.name}, got --{name} {own} instead of "
+                f"{found['arguments'].get(name)}"
+            )
+    return found | {"rows": [row for row in found["rows"] if "error" not in row]}
 
 
 def table(title: str, columns: Sequence[str], left: Sequence[str] = ()) -> Table:
