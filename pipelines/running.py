@@ -191,8 +191,7 @@ class Run:
                 }
             else:
                 not_told = encode_prompts(base, request.negative_prompts)
-        if self.plan is not None and self.plan.offload_text:
-            self._stack.enter_context(self._away(Parts.of(base).others))
+        self._text_away_if_planned()
         first = request.stages[0]  # the size that the model knows, for those that are told one
         size = [first.height, first.width]
         sizes = torch.tensor([[*size, 0, 0, *size]] * len(request.prompts))
@@ -272,9 +271,10 @@ class Run:
         """uint8 pictures ``[h, w, 3]`` of latents ``[n, c, h, w]``."""
 
         def run() -> list[np.ndarray]:
-            return [np.concatenate(list(self._bands(one[None], "decoding"))) for one in latents]
+            with self._vae_alone():
+                return [np.concatenate(list(self._bands(one[None], "decoding"))) for one in latents]
 
-        with self._timed("decode"), self._vae_alone():
+        with self._timed("decode"):
             return self._leaner_if_needed(len(self.request.stages), run)
 
     def write(self, latents: Tensor, path: Path, metadata: Mapping[str, str]) -> Path:
@@ -286,14 +286,17 @@ class Run:
         height, width = (scale * side for side in latents.shape[-2:])
 
         def run() -> None:
-            with open_image(path, height, width, self._metadata() | dict(metadata)) as picture:
+            with (
+                self._vae_alone(),
+                open_image(path, height, width, self._metadata() | dict(metadata)) as picture,
+            ):
                 for band in self._bands(latents, "decoding"):
                     picture.write(band)
                 preview = picture.preview() if path.suffix.lower() in TIFF_SUFFIXES else None
             if preview is not None:
                 preview.save(path.with_suffix(".preview.png"))
 
-        with self._timed("decode"), self._vae_alone():
+        with self._timed("decode"):
             self._leaner_if_needed(len(self.request.stages), run)
         return path
 
@@ -344,16 +347,32 @@ class Run:
             reason = str(error).partition("\n")[0]
         logger.warning(f"out of memory ({reason}): trying once more with a leaner plan")
         self.plan, self._may_retry = leaner, False
+        self._text_away_if_planned()
+        self._give_back_cached()
+        return run()
+
+    def _give_back_cached(self) -> None:
+        """Memory that torch holds but no tensor does."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return run()
+
+    def _text_away_if_planned(self) -> None:
+        """Prompts are encoded: text encoders leave the device until the end of the run."""
+        if self.plan is not None and self.plan.offload_text:
+            self._stack.enter_context(self._away(Parts.of(self.pipe.base).others))
 
     @contextmanager
     def _vae_alone(self) -> Iterator[None]:
-        """While inside, the denoiser is off the device if the plan says so."""
+        """While inside, the denoiser is off the device if the plan says so.
+
+        The VAE's tensors and the denoiser's are of other sizes: what is cached of one is of little
+        use to the other, and on a card that is nearly full leaves gaps that nothing fits into.
+        """
         offload = self.plan is not None and self.plan.offload_denoiser
         with self._away([self.pipe.denoiser] if offload else []):
+            self._give_back_cached()
             yield
+        self._give_back_cached()
 
     @contextmanager
     def _away(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -366,7 +385,7 @@ class Run:
         for module in moved:
             module.to("cpu")
         if moved:
-            torch.cuda.empty_cache()
+            self._give_back_cached()
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from gspn2_diffusers.pipelines import running
 from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.generation import literal_options, seeded
 from gspn2_diffusers.pipelines.highres import HighResPipeline
+from gspn2_diffusers.pipelines.parts import Parts
 from gspn2_diffusers.pipelines.sampling import Thrift
 from gspn2_diffusers.pipelines.writing import read_metadata
 
@@ -293,6 +294,27 @@ def test_out_of_memory_is_tried_once_more_with_a_leaner_plan(failures, survives,
     result = pipe("a cube", stages=STAGES, **options)
     torch.testing.assert_close(result.images, expected, rtol=1e-3, atol=1e-4)
     assert result.plan.left == 1
+
+
+def test_a_leaner_plan_found_while_decoding_takes_the_other_parts_away(monkeypatch):
+    pipe, moved, failures = highres(), [], [1]
+    decode_bands, away = running.decode_bands, running.Run._away
+
+    def short(*args, **kwargs):
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return decode_bands(*args, **kwargs)
+
+    def watched(run, modules):
+        moved.append((len(failures), list(modules)))
+        return away(run, modules)
+
+    monkeypatch.setattr(running, "decode_bands", short)
+    monkeypatch.setattr(running.Run, "_away", watched)
+    options = {"plan": FakePlan(leaner=1), "upsample": "latent", "output_type": "np"}
+    assert pipe("a cube", stages=STAGES, **options).images.shape[0] == 1
+    assert moved == [(1, []), (0, list(Parts.of(pipe.base).others)), (0, [pipe.denoiser])]
 
 
 def test_runs_on_cuda_are_planned_unless_the_model_is_quantised(monkeypatch):
