@@ -26,7 +26,9 @@ from gspn2_diffusers.sites import is_patched, pixels_per_latent, walk_sites
 # Memory of a process that no tensor of a trace has. Measured peaks of the SDXL UNet on an H100
 # (benchmarks/results/unet-sdxl-cuda.json) are above the traced ones by 142 MiB and 1.7 %, from
 # 1024² to 8192²: the workspaces of cuBLAS and cuDNN.
-CONTEXT_BYTES = 512 * 2**20  # the CUDA context and the kernels' code, outside torch's own peak
+# The CUDA context and the kernels' code, outside torch's own peak: 0.68 to 0.79 GiB in
+# benchmarks/results/highres-sdxl-*.json.
+CONTEXT_BYTES = 768 * 2**20
 WORKSPACE_BYTES = 160 * 2**20
 WORKSPACE_SHARE = 0.02
 FRAGMENTATION_SHARE = 0.05  # of the traced peak: gaps that the allocator cannot use
