@@ -336,9 +336,9 @@ def test_plan_prints_a_table_of_80_columns_without_weights(sd_folder, tmp_path, 
 
 
 def test_plan_says_what_would_fit(sd_folder, capsys):
-    assert cli.main(["plan", sd_folder, "--size", "16384", "--vram", "0.8"]) == 1
+    assert cli.main(["plan", sd_folder, "--size", "16384", "--vram", "1.1"]) == 1
     err = capsys.readouterr().err
-    assert "expected at least" in err and "got 0.8 GiB" in err and "would fit" in err
+    assert "expected at least" in err and "got 1.1 GiB" in err and "would fit" in err
 
 
 def test_plan_needs_a_card_that_it_knows(sd_folder, capsys):
