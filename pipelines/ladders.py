@@ -23,12 +23,12 @@ from gspn2_diffusers.pipelines.sampling import GuidedDenoiser, Thrift, chunked_f
 from gspn2_diffusers.pipelines.tracing import Cost, Rates, trace
 from gspn2_diffusers.sites import is_patched, pixels_per_latent, walk_sites
 
-# Memory of a process that no tensor of a trace has. Measured peaks of the SDXL UNet on an H100
+# Memory of a process that no tensor of a trace has. The CUDA context and the kernels' code, outside
+# torch's own peak, took 0.68 to 0.79 GiB (benchmarks/results/highres-sdxl-*.json).
+CONTEXT_BYTES = 768 * 2**20
+# Measured peaks of the SDXL UNet on an H100
 # (benchmarks/results/unet-sdxl-cuda.json) are above the traced ones by 142 MiB and 1.7 %, from
 # 1024² to 8192²: the workspaces of cuBLAS and cuDNN.
-# The CUDA context and the kernels' code, outside torch's own peak: 0.68 to 0.79 GiB in
-# benchmarks/results/highres-sdxl-*.json.
-CONTEXT_BYTES = 768 * 2**20
 WORKSPACE_BYTES = 160 * 2**20
 WORKSPACE_SHARE = 0.02
 FRAGMENTATION_SHARE = 0.05  # of the traced peak: gaps that the allocator cannot use
