@@ -1,8 +1,8 @@
 """Write a picture to a file band by band, as it is decoded.
 
-A TIFF never lies in memory whole: every band is cut into tiles, which are compressed by several
-threads and written while the next band is made, and its reduced sizes are computed on the way.
-The other formats, whose encoders want all pixels at once, are for sizes that fit.
+TIFFs and PNGs never lie in memory whole: every band is cut into tiles or blocks of rows, which are
+compressed by several threads and written while the next band is made. A TIFF's reduced sizes are
+computed on the way. JPEG and WebP, whose encoders want all pixels at once, are for sizes that fit.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import errno
 import json
 import os
 import shutil
+import struct
 import zlib
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Full, Queue
@@ -25,7 +27,7 @@ from uuid import uuid4
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo, putchunk
 
 TILE = 512  # pixels, along the sides of a TIFF's tiles
 SMALLEST = 1024  # a pyramid ends with the first level whose longer side is no longer than this
@@ -34,6 +36,9 @@ SOFTWARE = "gspn2_diffusers"
 
 _DEFLATE_LEVEL = 1  # 4 halves the speed for files 5 % smaller
 _TILE_ROWS_AHEAD = 2
+_PNG_LONGEST = 2**29  # pixels that a side can have: a chunk, of less than 2**31 bytes, holds a row
+_PNG_BLOCK = 2**19  # bytes of pixels that a thread compresses at a time
+_PNG_BLOCKS_AHEAD = 128
 _IMAGE_DESCRIPTION = 0x010E  # TIFF's and EXIF's tag
 
 
@@ -47,13 +52,11 @@ class _PillowFormat:
 
 
 _PILLOW_FORMATS = {
-    # Higher levels take many times as long for files that are a few per cent smaller. Looking for
-    # runs alone is faster still, and after PNG's filters the files are no larger.
-    ".png": _PillowFormat("PNG", 2**31 - 1, {"compress_level": 1, "compress_type": zlib.Z_RLE}),
     ".jpg": _PillowFormat("JPEG", 65500, {"quality": 95, "subsampling": 0}),
     ".jpeg": _PillowFormat("JPEG", 65500, {"quality": 95, "subsampling": 0}),
     ".webp": _PillowFormat("WEBP", 16383, {"quality": 95}),
 }
+PNG_SUFFIX = ".png"
 TIFF_SUFFIXES = (".tif", ".tiff")
 
 
@@ -68,8 +71,8 @@ def open_image(
 
     Args:
         path: ``.tif`` or ``.tiff``: BigTIFF in deflated tiles, with reduced sizes as SubIFDs, each
-            half of the one before. ``.png``, ``.jpg``, ``.jpeg``, ``.webp``: by Pillow, held in
-            memory until the block ends.
+            half of the one before. ``.png``: 8-bit RGB, which most programs can only read whole.
+            ``.jpg``, ``.jpeg``, ``.webp``: by Pillow, held in memory until the block ends.
         metadata: what `read_metadata` gives back: text chunks of a PNG, JSON in the
             ImageDescription of a TIFF and in that of the EXIF data of the others.
 
@@ -82,11 +85,16 @@ def open_image(
     path = Path(path)
     _check_format(path, height, width)
     scratch = path.with_name(f".{uuid4().hex}.tmp")
-    kind = _TiffWriter if path.suffix.lower() in TIFF_SUFFIXES else _PillowWriter
+    suffix = path.suffix.lower()
+    kind = _PillowWriter
+    if suffix == PNG_SUFFIX:
+        kind = _PngWriter
+    elif suffix in TIFF_SUFFIXES:
+        kind = _TiffWriter
     writer = None
     try:
         scratch.touch()
-        writer = kind(scratch, path.suffix.lower(), height, width, dict(metadata or {}))
+        writer = kind(scratch, suffix, height, width, dict(metadata or {}))
         yield writer
         writer.finish()
         os.replace(scratch, path)
@@ -106,11 +114,11 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """
     path = Path(path)
     suffix = path.suffix.lower()
+    _check_suffix(suffix)
     if suffix in TIFF_SUFFIXES:
         with _tifffile().TiffFile(path) as file:
             return _parse_metadata(file.pages[0].description)
-    _pillow_format(suffix)
-    if suffix == ".png":
+    if suffix == PNG_SUFFIX:
         # Image.open refuses large pictures; `text` would decode all pixels, `info` does not.
         with PngImageFile(path) as image:
             return {key: str(value) for key, value in image.info.items() if isinstance(value, str)}
@@ -220,7 +228,7 @@ class _PillowWriter(ImageWriter):
         self, path: Path, suffix: str, height: int, width: int, metadata: Mapping[str, str]
     ):
         super().__init__(height, width)
-        self._path, self._format = path, _pillow_format(suffix)
+        self._path, self._format = path, _PILLOW_FORMATS[suffix]
         self._metadata = metadata
         self._picture = np.empty((height, width, 3), np.uint8)
 
@@ -230,14 +238,63 @@ class _PillowWriter(ImageWriter):
 
     def _finish(self) -> None:
         options = dict(self._format.options)
-        if self._format.name == "PNG":
-            options["pnginfo"] = text = PngInfo()
-            for key, value in self._metadata.items():
-                text.add_text(key, value)
-        elif self._metadata:
+        if self._metadata:
             options["exif"] = exif = Image.Exif()
             exif[_IMAGE_DESCRIPTION] = json.dumps(self._metadata)
         Image.fromarray(self._picture).save(self._path, self._format.name, **options)
+
+
+class _PngWriter(ImageWriter):
+    """Threads compress blocks of rows; `write` writes those that are ready, in their order, and
+    waits while too many are not."""
+
+    def __init__(
+        self, path: Path, suffix: str, height: int, width: int, metadata: Mapping[str, str]
+    ):
+        super().__init__(height, width)
+        self._blocks = _Blocks(height, width)
+        self._waiting: deque[Future[tuple[np.ndarray, bytes]]] = deque()
+        self._checksum = zlib.adler32(b"")
+        self._compressors = _compressors()
+        text = PngInfo()
+        for key, value in metadata.items():
+            text.add_text(key, value)
+        with path.open("wb") as file:
+            file.write(b"\x89PNG\r\n\x1a\n")
+            putchunk(file, b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+            for name, data, *_ in text.chunks:
+                putchunk(file, name, data)
+            putchunk(file, b"IDAT", b"\x78\x01")  # a zlib stream's header
+        self._file = path.open("ab")
+
+    def _store(self, level: int, rows: np.ndarray) -> None:
+        if level:
+            return
+        for block in self._blocks.add(rows):
+            if len(self._waiting) == _PNG_BLOCKS_AHEAD:
+                self._write_next()
+            self._waiting.append(self._compressors.submit(_deflate_rows, block))
+        while self._waiting and self._waiting[0].done():
+            self._write_next()
+
+    def _write_next(self) -> None:
+        filtered, deflated = self._waiting.popleft().result()
+        self._checksum = zlib.adler32(filtered, self._checksum)
+        putchunk(self._file, b"IDAT", deflated)
+
+    def _finish(self) -> None:
+        while self._waiting:
+            self._write_next()
+        end = zlib.compressobj(wbits=-15).flush()
+        putchunk(self._file, b"IDAT", end, struct.pack(">I", self._checksum))
+        putchunk(self._file, b"IEND")
+        self._file.close()
+
+    def close(self) -> None:
+        self._compressors.shutdown(cancel_futures=True)
+        # A full disk also refuses what is left in the buffer of a file that was given up.
+        with suppress(OSError):
+            self._file.close()
 
 
 class _TiffWriter(ImageWriter):
@@ -253,7 +310,7 @@ class _TiffWriter(ImageWriter):
         self._tilers = [_Tiler(*size) for size in self._pyramid.sizes]
         self._reduced: list[list[Future[bytes]]] = [[] for _ in self._tilers]
         self._queue: Queue[list[Future[bytes]] | None] = Queue(_TILE_ROWS_AHEAD)
-        self._compressors = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._compressors = _compressors()
         self._file_thread = ThreadPoolExecutor(1)
         self._written = self._file_thread.submit(self._write_file, module, path)
 
@@ -399,6 +456,83 @@ class _Tiler:
                 yield list(tiles.copy())
 
 
+class _Blocks:
+    """Collects rows of a picture of height x width pixels into blocks. PNG's filters look at the
+    pixels above and to the left: a block begins with the last row of the block before, and every
+    row with one pixel more; they are zero outside the picture."""
+
+    def __init__(self, height: int, width: int):
+        self._left = height
+        rows = min(height, max(1, _PNG_BLOCK // (3 * width)))
+        self._block = np.zeros((1 + rows, 3 + 3 * width), np.uint8)
+        self._filled = 1
+
+    def add(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Blocks uint8 ``[1 + rows, 3 + 3 * width]`` that `rows` complete."""
+        while len(rows):
+            taken = min(len(rows), len(self._block) - self._filled)
+            self._block[self._filled : self._filled + taken, 3:] = rows[:taken].reshape(taken, -1)
+            rows = rows[taken:]
+            self._filled += taken
+            self._left -= taken
+            if self._filled == len(self._block) or self._left == 0:
+                block = self._block[: self._filled]
+                self._block = np.zeros_like(self._block)
+                self._block[0] = block[-1]
+                self._filled = 1
+                yield block
+
+
+def _compressors() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def _deflate_rows(block: np.ndarray) -> tuple[np.ndarray, bytes]:
+    """A block of a PNG's rows, filtered, and its part of the deflate stream.
+
+    Runs are all that is looked for: it is faster, and after PNG's filters the files are no larger.
+    """
+    filtered = _filter_rows(block)
+    compressor = zlib.compressobj(_DEFLATE_LEVEL, wbits=-15, strategy=zlib.Z_RLE)
+    # Flushed to a whole byte and not ended, the parts can be joined.
+    return filtered, compressor.compress(filtered) + compressor.flush(zlib.Z_SYNC_FLUSH)
+
+
+def _filter_rows(block: np.ndarray) -> np.ndarray:
+    """Differences uint8 ``[rows, 1 + 3 * width]`` to what a filter predicts, after its number.
+
+    As the PNG specification advises, every row takes the filter that leaves the least sum of
+    absolute differences. Without Paeth's most files are 9 to 24 % larger, without the average those
+    of noisy pictures 1 to 7 %.
+    """
+    pixels, left = block[1:, 3:], block[1:, :-3]
+    above, above_left = block[:-1, 3:], block[:-1, :-3]
+    filtered = np.empty((5, len(pixels), 1 + pixels.shape[1]), np.uint8)
+    filtered[..., 0] = np.arange(5)[:, None]
+    differences = filtered[..., 1:]
+    differences[0] = pixels
+    np.subtract(pixels, left, out=differences[1])
+    np.subtract(pixels, above, out=differences[2])
+    np.subtract(pixels, (left & above) + ((left ^ above) >> 1), out=differences[3])
+    np.subtract(pixels, _paeth(left, above, above_left), out=differences[4])
+    # Differences are signed: 255 is -1.
+    sums = np.minimum(differences, -differences).sum(axis=2, dtype=np.uint32)
+    return filtered[sums.argmin(axis=0), np.arange(len(pixels))]
+
+
+def _paeth(left: np.ndarray, above: np.ndarray, above_left: np.ndarray) -> np.ndarray:
+    """Whichever of the three is nearest to left + above - above_left.
+
+    That is above_left where it lies between the others, unless one of them is at least twice as far
+    from it as the other: then the farther one, as where it lies outside. Written like this, bytes
+    never overflow, which is 8 times as fast as the specification's way.
+    """
+    low, high = np.minimum(left, above), np.maximum(left, above)
+    middle = np.minimum(np.maximum(above_left, low), high)
+    to_low, to_high = middle - low, high - middle
+    return middle + to_high * (to_low <= to_high >> 1) - to_low * (to_high <= to_low >> 1)
+
+
 def _deflate(tile: np.ndarray) -> bytes:
     """As TIFF's horizontal predictor wants it: differences to the pixel on the left, deflated."""
     difference = tile.copy()
@@ -416,25 +550,28 @@ def _tifffile() -> ModuleType:
     return tifffile
 
 
-def _pillow_format(suffix: str) -> _PillowFormat:
-    if suffix not in _PILLOW_FORMATS:
-        known = ", ".join((*_PILLOW_FORMATS, *TIFF_SUFFIXES))
-        raise ValueError(f"expected a picture's suffix ({known}), got {suffix or 'none'!r}")
-    return _PILLOW_FORMATS[suffix]
+def _check_suffix(suffix: str) -> None:
+    known = (PNG_SUFFIX, *_PILLOW_FORMATS, *TIFF_SUFFIXES)
+    if suffix not in known:
+        raise ValueError(
+            f"expected a picture's suffix ({', '.join(known)}), got {suffix or 'none'!r}"
+        )
 
 
 def _check_format(path: Path, height: int, width: int) -> None:
     if height < 1 or width < 1:
         raise ValueError(f"expected a picture of at least 1 x 1 pixels, got {height} x {width}")
     suffix = path.suffix.lower()
+    _check_suffix(suffix)
     if suffix in TIFF_SUFFIXES:
         return
-    longest = _pillow_format(suffix).longest
-    if max(height, width) > longest or height * width > MAX_PIXELS:
-        raise ValueError(
-            f"expected at most {MAX_PIXELS} pixels and no side over {longest} for {suffix}, "
-            f"got {height} x {width}: write a .tif"
-        )
+    held = suffix in _PILLOW_FORMATS
+    longest = _PILLOW_FORMATS[suffix].longest if held else _PNG_LONGEST
+    limits = f"no side over {longest} for {suffix}, got {height} x {width}: write a .tif"
+    if held and height * width > MAX_PIXELS:
+        raise ValueError(f"expected at most {MAX_PIXELS} pixels and {limits}")
+    if max(height, width) > longest:
+        raise ValueError(f"expected {limits}")
 
 
 def _check_room(path: Path, height: int, width: int) -> None:

@@ -1,10 +1,14 @@
 import errno
+import io
 import json
 import os
 import shutil
+import struct
 import sys
 import threading
+import zlib
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from PIL import Image
 from gspn2_diffusers.pipelines import writing
 from gspn2_diffusers.pipelines.writing import check_writable, open_image, read_metadata
 
-SIZES = [(1, 1), (37, 53), (512, 512), (700, 1100), (1025, 513)]
+SIZES = [(1, 1), (1, 300), (300, 1), (37, 53), (512, 512), (700, 1100), (1025, 513)]
 METADATA = {"prompt": "a lake — «dawn»\nsecond line", "seed": "7", "empty": ""}
 
 
@@ -55,6 +59,44 @@ def small_pyramids(monkeypatch):
     monkeypatch.setattr(writing, "SMALLEST", 16)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """PNGs in blocks of a few rows."""
+    monkeypatch.setattr(writing, "_PNG_BLOCK", 1000)
+
+
+def chunks(path) -> list[tuple[bytes, bytes]]:
+    """Names and data of a PNG's chunks, whose checksums are verified."""
+    data, found = path.read_bytes(), []
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    data = data[8:]
+    while data:
+        length, name = struct.unpack(">I4s", data[:8])
+        content, checksum = data[8 : 8 + length], data[8 + length : 12 + length]
+        assert checksum == struct.pack(">I", zlib.crc32(name + content))
+        found.append((name, content))
+        data = data[12 + length :]
+    return found
+
+
+def filtered(path) -> np.ndarray:
+    """What the single zlib stream of a PNG of colours holds, whose checksum is verified: uint8
+    ``[height, 1 + 3 * width]``, filters' numbers first."""
+    found = chunks(path)
+    width, height = struct.unpack(">2I", found[0][1][:8])
+    stream = zlib.decompressobj()
+    data = stream.decompress(b"".join(content for name, content in found if name == b"IDAT"))
+    assert stream.eof and not stream.unused_data
+    return np.frombuffer(data, np.uint8).reshape(height, 1 + 3 * width)
+
+
+def predicted(number: int, left: int, above: int, above_left: int) -> int:
+    """By a PNG's filter, as the specification writes it."""
+    estimate = left + above - above_left
+    nearest = min((left, above, above_left), key=lambda value: abs(estimate - value))
+    return (0, left, above, (left + above) // 2, nearest)[number]
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
 def test_pixels_come_back_as_they_were_written(tmp_path, suffix, size):
@@ -65,12 +107,62 @@ def test_pixels_come_back_as_they_were_written(tmp_path, suffix, size):
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("rows", [(1,), (7, 1, 40), (31, 33), (200,)], ids=str)
-def test_bands_may_have_any_number_of_rows(tmp_path, small_pyramids, suffix, rows):
+def test_bands_may_have_any_number_of_rows(tmp_path, small_pyramids, small_blocks, suffix, rows):
     pixels = picture(101, 77)
     writer = write(tmp_path / f"a{suffix}", pixels, rows)
     assert np.array_equal(read(tmp_path / f"a{suffix}"), pixels)
     whole = write(tmp_path / f"b{suffix}", pixels, (101,))
     assert np.array_equal(writer.preview(16), whole.preview(16))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["mixed", "constant", "noise"])
+def test_a_png_is_valid_to_the_last_byte(tmp_path, small_blocks, kind, size):
+    pixels = picture(size[0], 2 * size[1])
+    pixels = pixels[:, size[1] :] if kind == "noise" else pixels[:, : size[1]]
+    if kind == "constant":
+        pixels = np.full_like(pixels, 200)
+    path = tmp_path / "a.png"
+    write(path, pixels, (13,), METADATA)
+    names = [name for name, _ in chunks(path)]
+    assert [name for name in names if name != b"IDAT"] == [
+        b"IHDR", b"iTXt", b"tEXt", b"tEXt", b"IEND",
+    ]  # fmt: skip
+    assert names.index(b"IDAT") == 4 and names[-2] == b"IDAT"
+    assert chunks(path)[0][1] == struct.pack(">2I5B", *size[::-1], 8, 2, 0, 0, 0)
+    assert filtered(path)[:, 0].max() <= 4
+    assert np.array_equal(read(path), pixels)
+
+
+def test_every_row_of_a_png_takes_the_filter_that_suits_it(tmp_path, small_blocks):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (10, 100, 3), dtype=np.uint8)
+    for number, (above, row) in enumerate(zip(pixels[::2], pixels[1::2], strict=True)):
+        # Below a row of noise, one that only this filter predicts.
+        error = rng.integers(-2, 3, row.shape)
+        for x, channel in np.ndindex(row.shape):
+            left, above_left = (int(line[x - 1, channel]) if x else 0 for line in (row, above))
+            value = predicted(number, left, int(above[x, channel]), above_left)
+            row[x, channel] = (value + error[x, channel]) % 256
+    write(tmp_path / "a.png", pixels)
+    assert filtered(tmp_path / "a.png")[1::2, 0].tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(read(tmp_path / "a.png"), pixels)
+
+
+def test_paeths_predictor_is_that_of_the_specification():
+    values = np.array([0, 1, 2, 3, 5, 50, 99, 100, 101, 127, 128, 200, 253, 254, 255], np.uint8)
+    triples = np.stack(np.meshgrid(values, values, values)).reshape(3, -1)
+    expected = [predicted(4, *(int(value) for value in triple)) for triple in triples.T]
+    assert writing._paeth(*triples).tolist() == expected
+
+
+def test_a_png_is_hardly_larger_than_pillows(tmp_path):
+    y, x, _ = np.ogrid[:256, :256, :3]
+    noise = np.random.default_rng(0).normal(0, 2, (256, 256, 3))
+    pixels = (128 + 60 * np.sin(x / 40) * np.cos(y / 30) + noise).astype(np.uint8)
+    write(tmp_path / "a.png", pixels)
+    Image.fromarray(pixels).save(tmp_path / "pillow.png", compress_level=1)
+    assert (tmp_path / "a.png").stat().st_size < 1.02 * (tmp_path / "pillow.png").stat().st_size
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp"])
@@ -229,12 +321,12 @@ def test_others_may_read_the_file_if_the_user_wants_so(tmp_path):
         os.umask(before)
 
 
-@pytest.mark.parametrize("old_file", [".tif"], indirect=True)
 def test_an_error_of_the_threads_that_compress_surfaces(old_file, monkeypatch):
-    def fail(tile):
+    def fail(pixels):
         raise OSError(errno.EIO, "broken")
 
     monkeypatch.setattr(writing, "_deflate", fail)
+    monkeypatch.setattr(writing, "_deflate_rows", fail)
     with pytest.raises(OSError, match="broken"), open_image(old_file, 6000, 40) as writer:
         for _ in range(60):
             writer.write(picture(100, 40))
@@ -256,9 +348,33 @@ def test_an_error_of_the_thread_that_writes_stops_the_caller_within_the_queue(
     assert written <= 8
 
 
-def test_rows_wait_for_the_disk_instead_of_filling_memory(tmp_path, monkeypatch):
-    gate, deflate = threading.Event(), writing._deflate
-    monkeypatch.setattr(writing, "_deflate", lambda tile: gate.wait(60) and deflate(tile))
+@pytest.mark.parametrize("old_file", [".png"], indirect=True)
+@pytest.mark.parametrize("mode", ["wb", "ab"], ids=["header", "pixels"])
+@pytest.mark.parametrize("size", [(4, 5), (1000, 600)], ids=["buffered", "unbuffered"])
+def test_a_full_disk_leaves_the_old_file(old_file, monkeypatch, mode, size):
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "disk full")
+
+    def open_file(path, mode_of_file="r", *args, **kwargs):
+        if mode_of_file == mode:
+            return io.BufferedWriter(FullDisk(path, mode))
+        return really_open(path, mode_of_file, *args, **kwargs)
+
+    really_open = Path.open
+    monkeypatch.setattr(Path, "open", open_file)
+    with pytest.raises(OSError, match="disk full"):
+        write(old_file, picture(*size), metadata=METADATA)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".tif", "_deflate"), (".png", "_deflate_rows")], ids=["tif", "png"]
+)
+def test_rows_wait_for_the_disk_instead_of_filling_memory(tmp_path, monkeypatch, suffix, compress):
+    gate, deflate = threading.Event(), getattr(writing, compress)
+    monkeypatch.setattr(writing, compress, lambda pixels: gate.wait(60) and deflate(pixels))
+    monkeypatch.setattr(writing, "_PNG_BLOCK", 512 * 40 * 3)
+    monkeypatch.setattr(writing, "_PNG_BLOCKS_AHEAD", 2)
     pixels, handed_over = picture(512 * 12, 40), []
 
     def feed(writer):
@@ -266,7 +382,7 @@ def test_rows_wait_for_the_disk_instead_of_filling_memory(tmp_path, monkeypatch)
             writer.write(pixels[start : start + 512])
             handed_over.append(start)
 
-    with open_image(tmp_path / "a.tif", *pixels.shape[:2]) as writer:
+    with open_image(tmp_path / f"a{suffix}", *pixels.shape[:2]) as writer:
         thread = threading.Thread(target=feed, args=(writer,))
         thread.start()
         thread.join(1)
@@ -274,7 +390,7 @@ def test_rows_wait_for_the_disk_instead_of_filling_memory(tmp_path, monkeypatch)
         gate.set()
         thread.join(60)
     assert 0 < waiting <= 4 and len(handed_over) == 12
-    assert np.array_equal(tifffile.imread(tmp_path / "a.tif"), pixels)
+    assert np.array_equal(read(tmp_path / f"a{suffix}"), pixels)
 
 
 @pytest.mark.parametrize("make", [check_writable, lambda *args: open_image(*args).__enter__()])
@@ -284,7 +400,8 @@ def test_rows_wait_for_the_disk_instead_of_filling_memory(tmp_path, monkeypatch)
         ("a.bmp", (4, 4), r"expected a picture's suffix \(.png, .* .tiff\), got '.bmp'"),
         ("a", (4, 4), "got 'none'"),
         ("a.png", (0, 4), "at least 1 x 1 pixels, got 0 x 4"),
-        ("a.png", (2**14, 2**14 + 1), "expected at most 268435456 pixels .* write a .tif"),
+        ("a.jpg", (2**14, 2**14 + 1), "expected at most 268435456 pixels .* write a .tif"),
+        ("a.png", (4, 2**29 + 1), "no side over 536870912 for .png, got 4 x 536870913: write"),
         ("a.jpg", (4, 65501), "no side over 65500 for .jpg, got 4 x 65501: write a .tif"),
         ("a.webp", (16384, 4), "no side over 16383 for .webp"),
     ],
@@ -295,9 +412,12 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, make, name, size, messag
     assert not os.listdir(tmp_path)
 
 
-def test_a_png_of_16384_squared_and_a_larger_tiff_are_accepted(tmp_path, monkeypatch):
+def test_a_jpeg_of_16384_squared_and_larger_files_of_other_formats_are_accepted(
+    tmp_path, monkeypatch
+):
     room(monkeypatch, 10**13)
-    check_writable(tmp_path / "a.png", 2**14, 2**14)
+    check_writable(tmp_path / "a.jpg", 2**14, 2**14)
+    check_writable(tmp_path / "a.png", 2**18, 2**17)
     check_writable(tmp_path / "a.tif", 2**18, 2**17)
     assert not os.listdir(tmp_path)
 
