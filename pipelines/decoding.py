@@ -31,6 +31,9 @@ CROP = 8
 # Area of a batch of crops over that of a tile. The rest is for the copies that padding makes: as
 # traced for the VAE of SDXL, a batch and a tile then need the same memory.
 BATCH_SHARE = 0.75
+# Samples of a batch are measured in so many parts: the copy in float32 that this takes is then
+# small beside the batch.
+MEASURED_PARTS = 8
 
 Progress = Callable[[int, int], None]
 Span = tuple[int, int]
@@ -41,12 +44,13 @@ class Tiling:
     """How a picture is cut for the VAE, in latent pixels.
 
     Args:
-        tile: side of a tile, overlap included.
+        tile: side of a tile at most, overlap included; tiles are as small as their number lets
+            them be.
         overlap: at least what neighbours share. They are blended in the middle half of it; the
             outer quarters, which a tile's own edges distort, are dropped.
         statistics_crops: crops of 8 x 8 from which the statistics are taken, at most. They are
-            computed in batches that need no more memory than a tile; 256 are as much work as one
-            tile of 128.
+            computed in batches that need no more memory than the largest tile; 256 are as much
+            work as one of 128.
 
     Raises:
         ValueError: a number out of range.
@@ -138,13 +142,14 @@ def encode_tiled(
 
 
 def tile_spans(size: int, tile: int, overlap: int) -> list[Span]:
-    """(start, stop) of tiles along a side of `size`: full ones, evenly spread, which share at least
-    `overlap`; one of `size` if it is no longer than a tile."""
+    """(start, stop) of tiles along a side of `size`: as few of at most `tile` as share `overlap`,
+    all of one length, evenly spread."""
     if size <= tile:
         return [(0, size)]
     count = math.ceil((size - overlap) / (tile - overlap))
-    starts = [round(index * (size - tile) / (count - 1)) for index in range(count)]
-    return [(start, start + tile) for start in starts]
+    length = math.ceil((size + (count - 1) * overlap) / count)
+    starts = [round(index * (size - length) / (count - 1)) for index in range(count)]
+    return [(start, start + length) for start in starts]
 
 
 def seam_metric(
@@ -369,26 +374,29 @@ class _Statistics:
         """Mean and variance ``[groups]`` to normalise `x` ``[n, C, ...]`` with."""
         if name in self.settled:
             return self.settled[name]
-        # One sample after the other: a copy of all in float32 may be twice as large as they are.
-        each = [_moments(sample.unflatten(0, (groups, -1)).flatten(1)) for sample in x]
-        moments = _pool(each)
+        parts = x.split(math.ceil(len(x) / MEASURED_PARTS))
+        moments = _pool([_moments(part.unflatten(1, (groups, -1)).flatten(2)) for part in parts])
         self.measured.setdefault(name, []).append(moments)
         return moments
 
     def settle(self) -> None:
-        self.settled = {name: _pool(moments) for name, moments in self.measured.items()}
+        self.settled = {
+            name: _pool([(mean[None], variance[None]) for mean, variance in moments])
+            for name, moments in self.measured.items()
+        }
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(
-        rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1, correction=0
-    )
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance ``[n, groups]`` of ``[n, groups, elements]``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=2, correction=0)
     return mean, variance
 
 
 def _pool(moments: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the union of parts of one size."""
-    means, variances = (torch.stack(values) for values in zip(*moments, strict=True))
+    """Mean and variance ``[groups]`` of the union of samples of one size, from theirs
+    ``[n, groups]``."""
+    means, variances = (torch.cat(values) for values in zip(*moments, strict=True))
     mean = means.mean(dim=0)
     return mean, variances.mean(dim=0) + (means - mean).square().mean(dim=0)
 

@@ -53,7 +53,7 @@ def snapshot(vae: nn.Module) -> list:
 
 
 def with_statistics_of_each_tile(monkeypatch):
-    monkeypatch.setattr(decoding._Job, "_measure", lambda self, tiling: None)
+    monkeypatch.setattr(decoding._Job, "_measure", lambda *_: None)
 
 
 def with_statistics_of_everything(monkeypatch):
@@ -75,13 +75,14 @@ def with_statistics_of_everything(monkeypatch):
     [
         (5, 16, 4, [(0, 5)]),
         (16, 16, 4, [(0, 16)]),
-        (17, 16, 4, [(0, 16), (1, 17)]),
+        (17, 16, 4, [(0, 11), (6, 17)]),
         (28, 16, 4, [(0, 16), (12, 28)]),
-        (29, 16, 4, [(0, 16), (6, 22), (13, 29)]),
+        (29, 16, 4, [(0, 13), (8, 21), (16, 29)]),
         (32, 16, 0, [(0, 16), (16, 32)]),
+        (512, 272, 16, [(0, 264), (248, 512)]),
     ],
 )
-def test_tiles_are_full_evenly_spread_and_as_few_as_can_be(size, tile, overlap, spans):
+def test_tiles_are_as_few_as_can_be_and_then_as_small_evenly_spread(size, tile, overlap, spans):
     assert tile_spans(size, tile, overlap) == spans
 
 
@@ -93,7 +94,7 @@ def test_weights_sum_to_one_and_keep_away_from_the_edges_of_tiles(tile, scale):
             total = torch.zeros(size * scale, dtype=torch.float64)
             parts = decoding._parts(size, tile, overlap, scale)
             for number, part in enumerate(parts):
-                assert part.stop - part.start == min(size, tile)
+                assert part.stop - part.start == parts[0].stop <= min(size, tile)
                 assert (part.weights > 0).all()
                 total[part.begin : part.end] += part.weights
                 margin = scale * overlap // 4 if scale > 1 else overlap // 4
@@ -359,7 +360,8 @@ def test_statistics_need_no_more_memory_than_a_tile(tile, monkeypatch):
     monkeypatch.setattr(vae, "decode", spy)
     decode(vae, random_latents(90, 70), Tiling(tile, 4, statistics_crops=30))
     crops = [shape for shape in seen if shape[-1] == 8]
-    tiles = [shape for shape in seen if shape[-1] == tile]
+    sides = [tile_spans(side, tile, 4)[0][1] for side in (90, 70)]
+    tiles = [shape for shape in seen if list(shape[2:]) == sides]
     assert len(crops) + len(tiles) == len(seen) and tiles
     assert 25 <= sum(shape[0] for shape in crops) <= 30
     assert all(math.prod(shape[2:]) * shape[0] <= 0.75 * tile**2 for shape in crops)
@@ -499,7 +501,7 @@ def test_tiles_show_no_seams_and_no_other_colours(trained, scene, monkeypatch):
     with_statistics_of_each_tile(monkeypatch)
     with_own = decode(trained, latents, SMALL).astype(int) - whole
     assert np.abs(difference).mean() < 1 and np.abs(with_own).mean() > 5
-    assert np.abs(difference.mean((0, 1))).max() < 1 and np.abs(with_own.mean((0, 1))).max() > 4
+    assert np.abs(difference.mean((0, 1))).max() < 1.1 and np.abs(with_own.mean((0, 1))).max() > 4
     assert seams(difference) < 1.3 and seams(with_own) > 1.6
 
 
