@@ -44,7 +44,7 @@ from unet import image_size
 
 from gspn2_diffusers import GSPN2Config, softmax_attention
 from gspn2_diffusers.conditioning import native_resolution
-from gspn2_diffusers.hardware import synchronize
+from gspn2_diffusers.hardware import prefer_growing_memory, synchronize
 from gspn2_diffusers.pipelines import running
 from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.generation import seeded
@@ -187,9 +187,9 @@ class Watch:
         watch = self
 
         class Watched(running.GuidedDenoiser):
-            def __call__(self, noisy: Tensor, timestep: Tensor, step: int) -> Tensor:
+            def __call__(self, *args: object) -> Tensor:
                 with watch._part(f"stage {watch.pipe.stage}"):
-                    return super().__call__(noisy, timestep, step)
+                    return super().__call__(*args)
 
         return Watched
 
@@ -676,6 +676,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: an option does not fit this machine or another option.
     """
     args = parse_args(argv)
+    prefer_growing_memory()
     device, dtype = prepare(args)
     settle(args, device)
     if device.type == "cuda":

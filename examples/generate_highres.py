@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from gspn2_diffusers.hardware import prefer_growing_memory
 from gspn2_diffusers.pipelines import HighResPipeline, load_pipeline
 
 parser = argparse.ArgumentParser(description="Generate a picture of any size.")
@@ -25,6 +26,7 @@ parser.add_argument("--output", type=Path, default=Path("picture.png"), help="or
 options = parser.parse_args()
 width, height = map(int, options.size.split("x"))
 
+prefer_growing_memory()
 pipe = HighResPipeline(load_pipeline(options.model, weights=options.weights))
 for stage in pipe.default_stages(height, width, num_inference_steps=options.steps):
     print(f"{stage.width}x{stage.height}: {stage.steps} steps of strength {stage.strength}")

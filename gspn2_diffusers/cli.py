@@ -394,9 +394,11 @@ def highres(
     import torch
     from PIL import Image
 
+    from gspn2_diffusers.hardware import prefer_growing_memory
     from gspn2_diffusers.pipelines import HighResPipeline, load_pipeline
     from gspn2_diffusers.shipped import shipped_folder
 
+    prefer_growing_memory()
     if model is None:
         model, weights = str(shipped_folder("pipeline")), weights or str(shipped_folder("gspn2"))
     path = output or Path("outputs") / _large_file_name(prompt, height, width)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+
+# Memory that can grow in place leaves no gaps, and CPU memory is pinned four times as fast.
+ALLOCATOR_SETTINGS = (
+    "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+)
 
 
 def device_name(device: torch.device) -> str:
@@ -26,6 +32,13 @@ def cpu_name() -> str:
 def execution_device(pipe_or_model: DiffusionPipeline | nn.Module) -> torch.device:
     """Where a pipeline or model computes: not its `device`, which is the CPU while offloaded."""
     return getattr(pipe_or_model, "_execution_device", None) or pipe_or_model.device
+
+
+def prefer_growing_memory() -> None:
+    """Have torch's CUDA allocator work as large pictures want it to, unless
+    ``PYTORCH_CUDA_ALLOC_CONF`` says how it is to work. For programs, before they use the GPU."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ and os.name != "nt":
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR_SETTINGS)
 
 
 def synchronize() -> None:

@@ -17,6 +17,7 @@ from gspn2_diffusers.families import family_of
 from gspn2_diffusers.patch import softmax_attention
 from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.decoding import Tiling, decode_bands, encode_tiled, tile_spans
+from gspn2_diffusers.pipelines.graphs import EAGER_RUNS
 from gspn2_diffusers.pipelines.lean import LeanOptions, LeanUNet
 from gspn2_diffusers.pipelines.parts import Parts, weight_bytes, without_data
 from gspn2_diffusers.pipelines.sampling import GuidedDenoiser, Thrift, chunked_feed_forward
@@ -32,20 +33,28 @@ CONTEXT_BYTES = 768 * 2**20
 WORKSPACE_BYTES = 160 * 2**20
 WORKSPACE_SHARE = 0.02
 FRAGMENTATION_SHARE = 0.05  # of the traced peak: gaps that the allocator cannot use
-# While the VAE decodes or encodes, an H100 held half as much again as the trace of 2048² and of
-# 2160x3840 pixels at once (benchmarks/results/highres-sdxl-cuda.json): more than denoisers take.
-VAE_WORKSPACE_SHARE = 0.5
-# And its convolutions, of few channels, reached this share of the rates (4096² to 16384², tiled).
-VAE_RATE_SHARE = 0.8
+# What the VAE of SDXL took on an H100 in bfloat16, from 2048² to 8192² pixels, whole and in tiles.
+# Python launches ahead of it. Its convolutions reach another share of a device's rates than those
+# of denoisers, and take workspaces.
+VAE_RATE_SHARES = {"decode": 1.15, "encode": 0.64}
+VAE_WORKSPACE_SHARES = {"decode": 0.0, "encode": 0.17}
+# For tensors from this size on cuDNN has slower kernels, which need more memory: decoding 2048²
+# pixels at once half as much again.
+MANY_BYTES = 2**31
+MANY_BYTES_RATE_SHARE, MANY_BYTES_WORKSPACE_SHARE = 0.45, 0.5
 LATENT_COPIES = 8  # float32 latents that wait while the denoiser runs, some to spare
+REPLAYED_LAUNCH = 2e-6  # seconds from one operator of a CUDA graph to the next
+# Bytes a second at which CPU memory is pinned, once in a stage: an H100's host got 1.7 GB in
+# torch's usual way, 6.8 GB in the one that `prefer_growing_memory` chooses.
+PINNING_RATE = 2e9
 # From here on a tensor's elements are counted in more than 32 bits, which not every kernel does.
 TOO_MANY_ELEMENTS = 2**31
 
 TEXT_TOKENS, PIXART_TEXT_TOKENS = 77, 300
 PIECES = (2**30, 2**28, 2**26)
 CHUNKS = (2, 4, 8, 16, 32)
-TILES = (256, 128, 64, 32)
-LARGEST_OVERLAP = 16
+# Sides of tiles and what they share. Larger ones than the first are slower: attention takes more.
+TILES = ((192, 16), (96, 16), (48, 8))
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,8 @@ class Ladders:
         self._vae_costs: dict[tuple, tuple[Cost, float]] = {}
         # Offloaded, it is off the GPU whenever the VAE is on it.
         self._without_denoiser = (True,) if parts.offloaded else (False, True)
+        # Passes one by one would need a graph each, and twice the memory.
+        self._replayable = () if parts.offloaded else (Thrift(),)
 
     def least_bytes(self, stage: Stage) -> float:
         """What the leanest way through a stage and its decoding needs; infinite if none works."""
@@ -160,7 +171,8 @@ class Ladders:
         guided = [False, True] if stage.guided else [False]
         if LeanUNet.supports(self.denoiser):
             pieces = [LeanOptions(size) for size in PIECES]
-            pieces += [replace(options, offload_skips=True) for options in pieces]
+            # Launching the smallest pieces takes longer than sending skip connections away.
+            pieces = [*pieces[:-1], *(replace(each, offload_skips=True) for each in pieces)]
             lean = [Thrift(stage.guided, options, reuse=reuse) for options in pieces]
             whole = None if reuse == 1 else pieces[0]
             return [*(Thrift(split, whole, reuse=reuse) for split in guided), *lean]
@@ -192,7 +204,10 @@ class Ladders:
             filled = math.ceil(stage.steps / thrift.reuse)
             seconds = filled * (first.seconds(self.rates) + sent / self.rates.transfer)
             seconds += (stage.steps - filled) * sum(cost.seconds(self.rates) for cost in later)
-            seconds *= passes
+            seconds = passes * seconds + sent / PINNING_RATE
+            if thrift in self._replayable and self._pays_to_replay(first, stage.steps):
+                thrift = replace(thrift, graph=True)
+                seconds = self._replayed_seconds(first, stage.steps)
         return Option(
             bytes=self._denoiser_bytes
             + self._vae_bytes
@@ -202,6 +217,23 @@ class Ladders:
             how=thrift,
             host_bytes=sent,
         )
+
+    def _pays_to_replay(self, cost: Cost, steps: int) -> bool:
+        """Whether so many passes wait for Python for longer than capturing one takes: it launches
+        ahead of the GPU as long as that is not done with what it has."""
+        launching = cost.launches * self.rates.launch
+        waiting = max(0.0, launching - self._unlaunched_seconds(cost))
+        return (steps - EAGER_RUNS) * waiting > launching
+
+    def _replayed_seconds(self, cost: Cost, steps: int) -> float:
+        """Of passes as they are, of one that is only launched, to be captured, and of replays."""
+        launching = cost.launches * self.rates.launch
+        replays = (steps - EAGER_RUNS) * self._unlaunched_seconds(cost)
+        return EAGER_RUNS * cost.seconds(self.rates) + launching + replays
+
+    def _unlaunched_seconds(self, cost: Cost) -> float:
+        """Of what need not wait for Python, as in a CUDA graph."""
+        return cost.seconds(replace(self.rates, launch=REPLAYED_LAUNCH))
 
     def _pass_costs(self, stage: Stage, thrift: Thrift, softmax: bool) -> list[Cost]:
         """Of a forward pass, and of one that reuses the deep features of the one before."""
@@ -292,11 +324,13 @@ class Ladders:
             cost, share = self._vae_cost(what, latent[-1], tiling)
             if cost.largest_elements >= TOO_MANY_ELEMENTS:
                 return None
-            peak = max(peak, cost.peak_bytes)
+            many = cost.largest_elements * self.vae.dtype.itemsize >= MANY_BYTES
+            workspace = MANY_BYTES_WORKSPACE_SHARE if many else VAE_WORKSPACE_SHARES[what]
+            peak = max(peak, math.ceil((1 + workspace) * cost.peak_bytes))
             if self.rates is not None:
-                work = _tiles(size, tiling) / _tiles(latent[-1], tiling) / share / VAE_RATE_SHARE
-                seconds += self.batch * work * cost.seconds(self.rates)
-        peak = math.ceil((1 + VAE_WORKSPACE_SHARE) * peak)
+                rate = VAE_RATE_SHARES[what] * (MANY_BYTES_RATE_SHARE if many else 1)
+                area = _area(size, tiling) / _area(latent[-1], tiling) / share
+                seconds += self.batch * area * self._unlaunched_seconds(cost) / rate
         waiting = 4 * self.batch * self.denoiser.config.in_channels * math.prod(latent[-1])
         weights = self._vae_bytes + (0 if without_denoiser else self._denoiser_bytes)
         return Option(
@@ -315,10 +349,11 @@ class Ladders:
         if key not in self._vae_costs:
             height, width = size
             if tiling is not None:
-                height = min(height, 2 * tiling.tile - tiling.overlap)
+                first, *others = tile_spans(height, tiling.tile, tiling.overlap)
+                height = 2 * first[1] - tiling.overlap if others else height
             run = _decode if what == "decode" else _encode
             cost = trace(partial(run, self.vae, height, width, tiling))
-            share = _tiles((height, width), tiling) / _tiles(size, tiling)
+            share = _area((height, width), tiling) / _area(size, tiling)
             self._vae_costs[key] = cost, share
         return self._vae_costs[key]
 
@@ -337,15 +372,15 @@ def _encode(vae: nn.Module, height: int, width: int, tiling: Tiling | None) -> T
 
 def _tilings(size: tuple[int, int]) -> list[Tiling | None]:
     """How latents of this size can be decoded, from the fastest way to the leanest."""
-    sides = (side for side in TILES if side < max(size))
-    return [None, *(Tiling(side, min(LARGEST_OVERLAP, side // 4)) for side in sides)]
+    return [None, *(Tiling(*tile) for tile in TILES if tile[0] < max(size))]
 
 
-def _tiles(size: tuple[int, int], tiling: Tiling | None) -> int:
-    """How many tiles there are for latents of this size; without tiling, how many pixels."""
+def _area(size: tuple[int, int], tiling: Tiling | None) -> int:
+    """Latent pixels of all tiles for latents of this size, those that tiles share counted twice."""
     if tiling is None:
         return math.prod(size)
-    return math.prod(len(tile_spans(side, tiling.tile, tiling.overlap)) for side in size)
+    spans = (tile_spans(side, tiling.tile, tiling.overlap) for side in size)
+    return math.prod(sum(stop - start for start, stop in each) for each in spans)
 
 
 def with_reserve(peak: int) -> int:

@@ -68,6 +68,7 @@ class StagePlan:
         lean: how a LeanUNet saves memory; None: the model's own forward pass.
         reuse: deep features serve for so many steps; 1: for one.
         chunk_feed_forward: tokens that a feed-forward layer takes at once; None: all.
+        graph: the forward pass is replayed as a CUDA graph.
         peak_bytes: memory of the GPU, all that occupies it then included.
         host_bytes: pinned CPU memory in which skip connections wait.
         seconds: None where the GPU's rates are not known.
@@ -84,11 +85,14 @@ class StagePlan:
     peak_bytes: int
     host_bytes: int
     seconds: float | None
+    graph: bool = False
 
     @property
     def thrift(self) -> Thrift:
         """What the sampler is told."""
-        return Thrift(self.split_guidance, self.lean, self.chunk_feed_forward, self.reuse)
+        return Thrift(
+            self.split_guidance, self.lean, self.chunk_feed_forward, self.reuse, self.graph
+        )
 
     def describe(self) -> str:
         """How, in words."""
@@ -103,6 +107,8 @@ class StagePlan:
             words.append(f"feed-forward of {self.chunk_feed_forward} tokens")
         if self.reuse > 1:
             words.append(f"deep features for {self.reuse} steps")
+        if self.graph:
+            words.append("CUDA graph")
         return ", ".join(words) or "plain"
 
 
@@ -440,6 +446,7 @@ def _stage_plan(stage: Stage, option: Option, peak_bytes: int) -> StagePlan:
         peak_bytes=peak_bytes,
         host_bytes=option.host_bytes,
         seconds=option.seconds,
+        graph=how.graph,
     )
 
 

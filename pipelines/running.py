@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,6 +207,8 @@ class Run:
         if index == 0 and self.request.image is not None:
             return self._encode_image(stage)
         thrift = self._thrift(index)
+        if self.on_step_end is not None:  # which may change the model
+            thrift = replace(thrift, graph=False)
         model = self.pipe.denoiser
         called = self.pipe.called_denoiser
         denoiser = GuidedDenoiser(called, told, not_told, stage.guidance_scale, thrift)

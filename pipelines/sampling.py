@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from gspn2_diffusers.conditioning import Rows, denoiser_inputs, predict
 from gspn2_diffusers.noising import Noising
 from gspn2_diffusers.pipelines.cascade import Stage
+from gspn2_diffusers.pipelines.graphs import Replayed
 from gspn2_diffusers.pipelines.lean import DeepFeatures, LeanOptions, LeanUNet
 
 # Called with the number of the step and its timestep before the latents go on to the next one;
@@ -33,19 +35,23 @@ class Thrift:
         chunk_feed_forward: tokens that go through a transformer's feed-forward layers at once;
             must divide their number. None: all.
         reuse: what a UNet computes below its first level serves for so many steps; 1: for one.
+        graph: the model's own forward pass is replayed as a CUDA graph. Nothing in the model may
+            change from step to step.
     """
 
     split_guidance: bool = False
     lean: LeanOptions | None = None
     chunk_feed_forward: int | None = None
     reuse: int = 1
+    graph: bool = False
 
 
 class GuidedDenoiser:
     """A denoiser's answers for one prompt or several, with classifier-free guidance.
 
     Args:
-        model: the denoiser, compiled or not; walked piece by piece it is not.
+        model: the denoiser, compiled or not; walked piece by piece it is not. Compiled or with
+            offload hooks, or on another device than CUDA, it is not replayed as a graph.
         told, not_told: rows of the prompts, and of what guidance leads away from, ``[n, ...]``.
         guidance_scale: 1 or less: no guidance.
         thrift: how the model is run.
@@ -73,25 +79,46 @@ class GuidedDenoiser:
         self.deep = [DeepFeatures() if thrift.reuse > 1 else None for _ in passes]
         needs_walk = thrift.lean is not None or thrift.reuse > 1
         self.lean = LeanUNet(model, thrift.lean or LeanOptions()) if needs_walk else None
+        self.graph = (
+            thrift.graph
+            and not needs_walk
+            and self.called is model
+            and model.device.type == "cuda"
+            and not hasattr(model, "_hf_hook")
+        )
+        self._dilation = 1
+        self._predictions = self._make_predictions()
 
-    def __call__(self, noisy: Tensor, timestep: Tensor, step: int) -> Tensor:
-        """The answer ``[n, c, h, w]`` in float32 to latents at step `step` of the stage."""
+    def __call__(self, noisy: Tensor, timestep: Tensor, step: int, dilation: int = 1) -> Tensor:
+        """The answer ``[n, c, h, w]`` in float32 to latents at step `step` of the stage.
+
+        Args:
+            dilation: of the deep convolutions, see `dilated`.
+        """
         if step % self.reuse == 0:
             for deep in filter(None, self.deep):
                 deep.clear()
-        if self.scale <= 1:
-            return self._ask(0, noisy, timestep)
-        if len(self.inputs) == 2:
-            away, toward = (self._ask(index, noisy, timestep) for index in range(2))
-        else:
-            away, toward = self._ask(0, torch.cat([noisy, noisy]), timestep).chunk(2)
+        if dilation != self._dilation:  # what was captured has the one before
+            self._dilation, self._predictions = dilation, self._make_predictions()
+        with dilated(self.model, dilation):
+            if self.scale <= 1:
+                return self._ask(0, noisy, timestep)
+            if len(self.inputs) == 2:
+                away, toward = (self._ask(index, noisy, timestep) for index in range(2))
+            else:
+                away, toward = self._ask(0, torch.cat([noisy, noisy]), timestep).chunk(2)
         return away + self.scale * (toward - away)
+
+    def _make_predictions(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        """For each pass the model's answer to latents and timesteps."""
+        passes = [partial(predict, self.called, inputs=inputs) for inputs in self.inputs]
+        return [Replayed(run) for run in passes] if self.graph else passes
 
     def _ask(self, index: int, noisy: Tensor, timestep: Tensor) -> Tensor:
         inputs = self.inputs[index]
         timesteps = timestep.expand(len(noisy))
         if self.lean is None:
-            return predict(self.called, noisy, timesteps, inputs).float()
+            return self._predictions[index](noisy, timesteps).float()
         noisy = noisy.to(self.model.dtype)
         return self.lean(noisy, timesteps, **inputs, deep=self.deep[index]).float()
 
@@ -197,8 +224,7 @@ class StageSampler:
         count = len(self.timesteps)
         for step, timestep in enumerate(self.timesteps):
             noisy = self._scaled(latents, timestep)
-            with self._dilation(step / count):
-                answer = self.denoiser(noisy, timestep, step)
+            answer = self.denoiser(noisy, timestep, step, self._dilation(step / count))
             if guide is not None:
                 answer = guide(answer, noisy, timestep, step / count)
             latents = self.scheduler.step(answer, timestep, latents, **extra, return_dict=False)[0]
@@ -221,10 +247,8 @@ class StageSampler:
         scale = getattr(self.scheduler, "scale_model_input", None)
         return latents if scale is None else scale(latents, timestep)
 
-    def _dilation(self, progress: float):
-        stage = self.stage
-        early = stage.dilation > 1 and progress < stage.dilated_steps
-        return dilated(self.denoiser.model, stage.dilation if early else 1)
+    def _dilation(self, progress: float) -> int:
+        return self.stage.dilation if progress < self.stage.dilated_steps else 1
 
 
 @contextmanager

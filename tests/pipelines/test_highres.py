@@ -279,11 +279,11 @@ def test_out_of_memory_is_tried_once_more_with_a_leaner_plan(failures, survives,
     left = [failures]
 
     class Short(running.GuidedDenoiser):
-        def __call__(self, noisy, timestep, step):
+        def __call__(self, noisy, *args):
             if noisy.shape[-1] == 16 and left[0]:
                 left[0] -= 1
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-            return super().__call__(noisy, timestep, step)
+            return super().__call__(noisy, *args)
 
     monkeypatch.setattr(running, "GuidedDenoiser", Short)
     options = {"plan": FakePlan(leaner=2), "output_type": "latent", "generator": seeded(0)}

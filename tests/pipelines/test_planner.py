@@ -39,7 +39,7 @@ def small_pieces():
     """Pieces and tiles that make a difference to tiny models."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladders, "PIECES", PIECES)
-        patch.setattr(ladders, "TILES", (48, 32))
+        patch.setattr(ladders, "TILES", ((48, 12), (32, 8)))
         yield
 
 
@@ -57,7 +57,7 @@ def plans(sdxl):
 @pytest.fixture
 def usual_pieces(monkeypatch):
     monkeypatch.setattr(ladders, "PIECES", (2**30, 2**28))
-    monkeypatch.setattr(ladders, "TILES", (256, 128))
+    monkeypatch.setattr(ladders, "TILES", ladders.TILES[:2])
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_memory_is_saved_where_it_is_short_and_nowhere_else(sdxl, plans):
     assert not any(found.stages[0].split_guidance for found in plans)
     for found in plans:
         # Text encoders stay as long as nothing becomes faster without them.
-        alone = plan_stages(replace(sdxl, others=()), STAGES, found.vram_bytes)
+        alone = plan_stages(replace(sdxl, others=()), STAGES, found.vram_bytes, rates=H100)
         same = [stage.thrift for stage in alone.stages] == [s.thrift for s in found.stages]
         assert same and alone.decode.tiling == found.decode.tiling
 
@@ -132,7 +132,7 @@ def test_pieces_come_before_skips_that_wait_in_cpu_memory(plans):
     assert away == sorted(away) and True in away
     assert kept and kept == sorted(kept, reverse=True)
     names = [stage.describe() for stage in ways]
-    assert names[0] == "passes together"
+    assert names[0] == "passes together, CUDA graph"
     assert names[-1].startswith("passes one by one, pieces of 2^1")
     assert names[-1].endswith(" elements, skips in CPU memory")
 
@@ -156,7 +156,7 @@ def test_without_guidance_there_is_one_pass_and_nothing_to_split(sdxl, plans):
     first = plan_stages(sdxl, stages, PLENTY, rates=H100).stages[1]
     leanest = ladders.Ladders(sdxl, 1, H100).stage(stages[1]).leanest()
     assert not (first.guidance or first.split_guidance or leanest.how.split_guidance)
-    assert first.describe() == "plain"
+    assert first.describe() == "CUDA graph"
     assert first.peak_bytes < plans[0].stages[1].peak_bytes
     assert leanest.bytes < plans[-1].stages[1].peak_bytes
     assert leanest.seconds == pytest.approx(plans[-1].stages[1].seconds / 2, rel=0.05)
@@ -355,7 +355,7 @@ def test_the_table_has_a_row_for_every_phase(sdxl):
     found = plan_stages(sdxl, STAGES, PLENTY, rates=H100)
     rows = found.rows()
     assert [row["what"] for row in rows] == ["stage 0", "stage 1", "decode"]
-    assert [row["how"] for row in rows] == ["passes together", "passes together", "whole"]
+    assert [row["how"] for row in rows] == ["passes together, CUDA graph"] * 2 + ["whole"]
     assert sum(row["seconds"] for row in rows) == pytest.approx(found.seconds)
     assert max(row["peak_bytes"] for row in rows) <= found.peak_bytes
 
@@ -367,10 +367,24 @@ def test_times_are_known_for_known_rates_only(sdxl):
     )
     assert fast < slow
     twice = [replace(stage, steps=2 * stage.steps) for stage in STAGES]
-    longer = plan_stages(sdxl, twice, PLENTY, rates=H100)
-    assert longer.stages[0].seconds == pytest.approx(
-        2 * plan_stages(sdxl, STAGES, PLENTY, rates=H100).stages[0].seconds
-    )
+    busy = replace(H100, launch=0.0)  # so that nothing is gained by a CUDA graph
+    longer, once = (plan_stages(sdxl, each, PLENTY, rates=busy) for each in (twice, STAGES))
+    assert not longer.stages[0].graph
+    assert longer.stages[0].seconds == pytest.approx(2 * once.stages[0].seconds)
+
+
+def test_a_stage_is_a_cuda_graph_where_it_would_wait_for_python(sdxl):
+    def first(steps: int, **changes: float):
+        stages = [replace(STAGES[0], steps=steps), STAGES[1]]
+        return plan_stages(sdxl, stages, PLENTY, rates=replace(H100, **changes)).stages[0]
+
+    many, few = first(30), first(2)
+    assert many.graph and many.thrift.graph and not few.graph
+    assert many.seconds < 0.5 * 15 * few.seconds
+    assert not first(30, launch=1e-9).graph
+    assert not plan_stages(sdxl, STAGES, PLENTY).stages[0].graph  # speeds are not known
+    split = plan_stages(replace(sdxl, others=()), STAGES, PLENTY, rates=H100).leaner(0).stages[0]
+    assert split.split_guidance and not split.graph
 
 
 def test_enlarging_in_pixels_takes_the_vae_time(sdxl):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -14,12 +15,14 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from tiny_teachers import random_batch, teacher_pipeline
 
 from gspn2_diffusers.families import find_denoiser
 from gspn2_diffusers.noising import Noising
+from gspn2_diffusers.pipelines import sampling
 from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.generation import seeded
 from gspn2_diffusers.pipelines.lean import LeanOptions
@@ -100,7 +103,7 @@ def test_guidance_is_the_same_in_one_batch_and_in_two(family):
         guided(family, thrift=Thrift(split_guidance=split), n=2)(noisy, torch.tensor(500), 0)
         for split in (False, True)
     )
-    torch.testing.assert_close(joint, split, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(joint, split, rtol=1e-3, atol=1e-4)
 
 
 def test_without_guidance_only_the_prompt_is_asked():
@@ -186,6 +189,45 @@ def test_dilation_of_a_lean_stage_is_that_of_a_plain_one():
 def test_dilation_needs_a_unet():
     with pytest.raises(ValueError, match="dilation: expected a UNet2DConditionModel, got PixArt"):
         sample(Stage(32, 32, 2, dilation=2, dilated_steps=1.0), guided("pixart"))
+
+
+def test_graphs_are_for_the_models_own_forward_pass_on_a_gpu(monkeypatch):
+    on_gpu = property(lambda self: torch.device("cuda"))
+    assert not guided(thrift=Thrift(graph=True)).graph
+    monkeypatch.setattr(UNet2DConditionModel, "device", on_gpu)
+    assert guided(thrift=Thrift(graph=True)).graph
+    assert not guided(thrift=Thrift()).graph
+    lean = LeanOptions(max_elements=512)
+    assert not guided(thrift=Thrift(split_guidance=True, lean=lean, graph=True)).graph
+    assert not guided(thrift=Thrift(reuse=2, graph=True)).graph
+    model, batch = find_denoiser(teacher_pipeline()).eval(), random_batch()
+    given = batch.rows, batch.unconditional, 3.0, Thrift(graph=True)
+    assert not GuidedDenoiser(torch.compile(model), *given).graph
+    add_hook_to_module(model, CpuOffload(torch.device("cpu")))
+    assert not GuidedDenoiser(model, *given).graph
+
+
+def test_a_graph_ends_where_the_dilation_changes(monkeypatch):
+    """One each, of passes with one dilation."""
+    dilations = []
+
+    class Recorded:
+        def __init__(self, run):
+            self.run, self.seen = run, []
+            dilations.append(self.seen)
+
+        def __call__(self, *inputs):
+            self.seen.append(deep.dilation[0])
+            return self.run(*inputs)
+
+    denoiser = guided()
+    deep = denoiser.model.mid_block.resnets[0].conv1
+    stage = Stage(32, 32, 5, dilation=2, dilated_steps=0.5)
+    expected = sample(stage, denoiser)
+    monkeypatch.setattr(sampling, "Replayed", Recorded)
+    denoiser.graph = True
+    assert torch.equal(sample(stage, denoiser), expected)
+    assert dilations == [[2, 2, 2], [1, 1]]
 
 
 def test_feed_forward_layers_take_chunks_and_are_left_as_they_were():
