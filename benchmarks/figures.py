@@ -264,6 +264,7 @@ def highres_memory_figure(axes, found: list[dict]) -> None:
     _label(axes, "Memory of every phase: predicted and measured", found[0])
 
 
+CHANGES = ("channels_last", "fp8", "compile")
 HIGHRES: dict[str, Callable] = {
     "highres-time": highres_time_figure,
     "highres-memory": highres_memory_figure,
@@ -271,26 +272,27 @@ HIGHRES: dict[str, Callable] = {
 
 
 def find_highres(folder: Path) -> list[dict]:
-    """The results of ``highres-*.json`` on SDXL's layout, with a ``label`` that says how they were
-    taken and only the rows on speed that did not fail."""
+    """The results of ``highres-*.json`` on SDXL's layout, with a ``label`` that says how and on
+    which GPU they were taken, and only the rows on speed that did not fail. Those of ways that
+    change the picture or the model are left out."""
     found = []
     for path in sorted(folder.glob("highres-*.json")):
         results = json.loads(path.read_text())
         rows = [row for row in results["rows"]
-                if row["experiment"] == "speed" and "error" not in row]  # fmt: skip
-        if rows and results["arguments"]["model"] == "sdxl":
-            found.append(results | {"rows": rows, "label": _how(results["arguments"])})
-    return sorted(found, key=lambda results: results["label"] != "all memory")
+                if row.get("experiment") == "speed" and "error" not in row]  # fmt: skip
+        arguments = results["arguments"]
+        changed = arguments.get("reuse") != 1 or any(arguments.get(way) for way in CHANGES)
+        if rows and arguments["model"] == "sdxl" and not changed:
+            found.append(results | {"rows": rows, "label": _how(results)})
+    return sorted(found, key=lambda results: not results["label"].startswith("all memory"))
 
 
-def _how(arguments: dict) -> str:
+def _how(results: dict) -> str:
     """What sets a run of the high-resolution pipeline apart."""
-    vram, reuse = arguments["vram"], arguments["reuse"]
-    words = ["all memory" if vram is None else f"{vram:g} GiB"]
-    words += [] if reuse == 1 else [f"deep features for {reuse} steps"]
+    arguments, device = results["arguments"], results["environment"]["device"]
+    words = ["all memory" if arguments["vram"] is None else f"{arguments['vram']:g} GiB"]
     words += [] if arguments["upsample"] == "pixel" else ["latents enlarged"]
-    names = {"channels_last": "channels last", "fp8": "8 bits", "compile": "compiled"}
-    return ", ".join([*words, *(name for key, name in names.items() if arguments[key])])
+    return ", ".join([*words, device.removeprefix("NVIDIA ").partition(" ")[0]])
 
 
 def _right(row: dict) -> float | None:
