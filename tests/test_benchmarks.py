@@ -925,14 +925,17 @@ def test_figures_of_highres_show_goals_native_times_and_predictions(load, tmp_pa
     ]  # fmt: skip
     rows.append({"experiment": "speed", "size": [64, 64], "error": "out of memory"})
     rows.append({"experiment": "quality", "size": [64, 64]})
-    for name, vram in (("speed-sdxl", None), ("speed-sdxl-24gib", 24.0)):
+    for name, vram, reuse in (("sdxl", None, 1), ("sdxl-24gib", 24.0, 1), ("sdxl-deep", None, 3)):
         arguments = {
-            "dtype": "bfloat16", "model": "sdxl", "vram": vram, "reuse": 1, "upsample": "pixel",
-            "compile": False, "fp8": False, "channels_last": False,
+            "dtype": "bfloat16", "model": "sdxl", "vram": vram, "reuse": reuse,
+            "upsample": "pixel", "compile": False, "fp8": False, "channels_last": False,
         }  # fmt: skip
         results = {"environment": about, "arguments": arguments, "rows": rows}
         (tmp_path / f"highres-{name}-cuda.json").write_text(json.dumps(results))
-    assert [found["label"] for found in figures.find_highres(tmp_path)] == ["all memory", "24 GiB"]
+    plans = {"environment": about, "arguments": {"upsample": "pixel"}, "rows": [{"card": "GPU"}]}
+    (tmp_path / "highres-plans-cpu.json").write_text(json.dumps(plans))
+    labels = [found["label"] for found in figures.find_highres(tmp_path)]
+    assert labels == ["all memory, GPU", "24 GiB, GPU"]
     figures.main(["--results", str(tmp_path), "--images", str(tmp_path / "images")])
     drawn = {path.stem: path.stat().st_size for path in (tmp_path / "images").iterdir()}
     assert drawn.keys() == {"highres-time", "highres-memory"} and min(drawn.values()) > 5000
