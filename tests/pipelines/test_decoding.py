@@ -224,8 +224,9 @@ def test_the_same_latents_give_the_same_picture_whatever_random_numbers_are_draw
 
 def test_latents_may_have_another_dtype_than_the_vae():
     vae, latents = tiny_vae(), random_latents(20, 20)
-    expected = decode(vae, latents.float(), TINY)
-    assert np.array_equal(decode(vae, latents, TINY), expected)
+    expected = decode(vae, latents.float(), TINY).astype(int)
+    # Scaled in float64 they may round to the next level.
+    assert np.abs(decode(vae, latents, TINY) - expected).max() <= 1
     half = decode(vae, latents.half(), TINY).astype(int)
     assert np.abs(half - expected).max() <= 2
     brain = decode(copy.deepcopy(vae).bfloat16(), latents.float(), TINY).astype(int)
