@@ -33,9 +33,10 @@ CONTEXT_BYTES = 768 * 2**20
 WORKSPACE_BYTES = 160 * 2**20
 WORKSPACE_SHARE = 0.02
 FRAGMENTATION_SHARE = 0.05  # of the traced peak: gaps that the allocator cannot use
-# What the VAE of SDXL took on an H100 in bfloat16, from 2048² to 8192² pixels, whole and in tiles.
-# Python launches ahead of it. Its convolutions reach another share of a device's rates than those
-# of denoisers, and take workspaces.
+# What the VAE of SDXL took on an H100 in bfloat16, from 2048² to 8192² pixels, whole and in tiles
+# (benchmarks/results/highres-sdxl-*.json compare what follows from it with measurements). Python
+# launches ahead of it. Its convolutions reach another share of a device's rates than those of
+# denoisers, and take workspaces.
 VAE_RATE_SHARES = {"decode": 1.15, "encode": 0.64}
 VAE_WORKSPACE_SHARES = {"decode": 0.0, "encode": 0.17}
 # For tensors from this size on cuDNN has slower kernels, which need more memory: decoding 2048²
