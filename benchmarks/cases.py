@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gspn2_diffusers import gspn2_scan
 from gspn2_diffusers.kernels import gspn2_scan_lines
-from gspn2_diffusers.kernels.cuda_scan import pack_maps, split_lines
 from gspn2_diffusers.kernels.layout import LineLayout
+from gspn2_diffusers.kernels.lines import pack_maps, split_lines
 
 DIRECTIONS = 4
 TAPS = 3

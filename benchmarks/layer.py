@@ -1,4 +1,5 @@
-"""Time a whole self-attention layer: softmax, GSPN-2, linear attention, and one linear map.
+"""Time a whole self-attention layer: softmax, GSPN-2 as it is and fused, linear attention, and one
+linear map.
 
 python benchmarks/layer.py                                 C = 640 and 1280, 64² to 1024² tokens
 python benchmarks/layer.py --channels 640 --grids 512 --softmax-max 262144
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from gspn2_diffusers import GSPN2Block, GSPN2Config
 from gspn2_diffusers.attention import PATCHED_CLASSES
+from gspn2_diffusers.fuse import fuse_block
 
+FUSED = "gspn2, fused"
 HEAD_DIM = 64
 CHECKED_GRID = (12, 20)
 LAYER_ROUNDINGS = 4  # results that a layer rounds one after the other
@@ -76,10 +79,17 @@ def softmax_layer(channels: int) -> Attention:
 
 def gspn2_layer(attention: Attention, config: GSPN2Config) -> Attention:
     """A copy of `attention`, patched as `apply_gspn2` would, with random gates."""
+    torch.manual_seed(0)
     layer = copy.deepcopy(attention)
     layer.gspn2 = GSPN2Block(layer.query_dim, config)
     nn.init.normal_(layer.gspn2.to_params.weight, std=0.02)
     layer.__class__ = PATCHED_CLASSES[type(layer)]
+    return layer
+
+
+def fused(layer: Attention) -> Attention:
+    """The same layer after what `fuse_gspn2` does to a model."""
+    fuse_block(layer.gspn2)
     return layer
 
 
@@ -92,6 +102,7 @@ def build_layers(
     layers = {
         "softmax": attention,
         "gspn2": gspn2_layer(attention, config),
+        FUSED: fused(gspn2_layer(attention, config)),
         "linear attention": LinearAttention(channels),
         "one linear map": nn.Linear(channels, channels),
     }
@@ -102,7 +113,7 @@ def build_layers(
 
 def run_on(name: str, layer: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """One call of a layer; only GSPN-2 has to know the grid."""
-    return layer(tokens, grid=grid) if name == "gspn2" else layer(tokens)
+    return layer(tokens, grid=grid) if name in ("gspn2", FUSED) else layer(tokens)
 
 
 def check_layers(layers: dict[str, nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -167,7 +178,7 @@ def measure(
             "layer": name,
             "ms": timer.in_turn_ms(runs),
             "graph_ms": timer.in_turn_ms(runs, graph=True) if _on_cuda(timer) else None,
-            "goal_ms": GOALS_MS.get((channels, count)) if name == "gspn2" else None,
+            "goal_ms": GOALS_MS.get((channels, count)) if name in ("gspn2", FUSED) else None,
             "peak_extra_mib": peak.extra,
             "input_sets": sets,
         }

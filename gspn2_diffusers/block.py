@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .config import GSPN2Config
 from .grid import grid_sizes
-from .kernels import gspn2_scan_tokens
+from .kernels import gspn2_scan_lines, gspn2_scan_tokens
 from .kernels.layout import TokenLayout
 from .lift import Lift
 
@@ -38,8 +38,8 @@ class GSPN2Block(nn.Module):
 
     Attributes:
         backend: what runs the scan, as in :func:`gspn2_scan`; no part of config or weights.
-        down_and_params: while :func:`fuse_gspn2` is in force, one layer in place of `down` and
-            `to_params`; else None.
+        to_lines, down_and_params: while :func:`fuse_gspn2` is in force, one of the two in place of
+            `down` and `to_params`; else None.
 
     Raises:
         ValueError: the config does not fit this width.
@@ -62,6 +62,7 @@ class GSPN2Block(nn.Module):
         inputs = channels if config.parameters_from == "tokens" else proxy_dim
         self.down = nn.Linear(channels, proxy_dim, bias=False)
         self.to_params = nn.Linear(inputs, self.layout.width)
+        self.register_module("to_lines", None)
         self.register_module("down_and_params", None)
         self.up = Lift(proxy_dim, channels)
         self.mean = nn.Linear(channels, channels, bias=False) if config.mean_path else None
@@ -77,16 +78,18 @@ class GSPN2Block(nn.Module):
             RuntimeError: the backend that was asked for cannot run here.
         """
         grid = grid_sizes(self.grid if grid is None else grid, tokens)
-        x, params = self._project(tokens)
-        self._scale_lam(params, grid)
-        y = gspn2_scan_tokens(
-            x,
-            params,
-            grid,
-            groups=self.layout.groups,
-            chunk_size=self.config.chunk_size,
-            backend=self.backend,
-        )
+        chunk_size = self.config.chunk_size
+        options = {
+            "groups": self.layout.groups,
+            "chunk_size": chunk_size,
+            "native_grid": self.native_grid if chunk_size is None else None,
+            "backend": self.backend,
+        }
+        if self.to_lines is None:
+            y = gspn2_scan_tokens(*self._project(tokens), grid, **options)
+        else:
+            lines = self.to_lines(tokens, grid)
+            y = gspn2_scan_lines(*lines, grid, proxy_dim=self.layout.proxy_dim, **options)
         return self.up(y, None if self.mean is None else self.mean(tokens.mean(dim=1)))
 
     def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +100,6 @@ class GSPN2Block(nn.Module):
             return both[..., width : width + self.layout.proxy_dim], both[..., :width]
         x = self.down(tokens)
         return x, self.to_params(tokens if self.config.parameters_from == "tokens" else x)
-
-    def _scale_lam(self, params: Tensor, grid: tuple[int, int]) -> None:
-        """Multiply lam by native lines / lines, in place."""
-        if self.native_grid is None or self.config.chunk_size is not None:
-            return
-        by_axis = self.layout.lam_by_axis(params)
-        for lam, native, lines in zip(by_axis, self.native_grid, grid, strict=True):
-            if lines != native:
-                lam.mul_(native / lines)
 
     @torch.no_grad()
     def inherit(self, attention: Attention) -> None:

@@ -10,6 +10,7 @@ from .block import GSPN2Block
 from .families import find_denoiser
 from .kernels.layout import ROW_MULTIPLE
 from .lift import Lift
+from .line_projection import LineProjection
 from .sites import is_patched, walk_sites
 
 PipeOrModel = TypeVar("PipeOrModel", bound=DiffusionPipeline | nn.Module)
@@ -18,8 +19,8 @@ PipeOrModel = TypeVar("PipeOrModel", bound=DiffusionPipeline | nn.Module)
 def fuse_gspn2(pipe_or_model: PipeOrModel) -> PipeOrModel:
     """Fuse the layers of every GSPN-2 block for inference, in place; twice is as once.
 
-    Outputs change by rounding only. The bias of `up` moves to `mean`, and with
-    ``parameters_from="tokens"`` one layer writes what `down` and `to_params` wrote. Weights are
+    Outputs change by rounding only. The bias of `up` moves to `mean`. `down` and `to_params` become
+    a :class:`LineProjection`, or with ``parameters_from="tokens"`` one linear layer. Weights are
     moved, not kept twice, so a fused model cannot be saved by :func:`save_gspn2`: unfuse it first.
     :func:`unfuse_gspn2` gives the weights back bit for bit, but as new parameters, which an
     optimizer made before does not know.
@@ -37,10 +38,7 @@ def fuse_gspn2(pipe_or_model: PipeOrModel) -> PipeOrModel:
     separate = {name: block for name, block in blocks.items() if not is_fused(block)}
     _check_plain(separate)
     for block in separate.values():
-        if block.config.parameters_from == "tokens":
-            _join_projections(block)
-        if block.mean is not None:
-            block.mean.bias, block.up.bias = block.up.bias, None
+        fuse_block(block)
     return pipe_or_model
 
 
@@ -56,14 +54,27 @@ def unfuse_gspn2(pipe_or_model: PipeOrModel) -> PipeOrModel:
     for block in fused.values():
         if block.config.parameters_from == "tokens":
             _part_projections(block)
+        else:
+            _part_lines(block)
         if block.mean is not None:
             block.mean.bias, block.up.bias = None, block.mean.bias
     return pipe_or_model
 
 
+def fuse_block(block: GSPN2Block) -> None:
+    """Fuse the layers of one block that is not fused and whose weights are its own."""
+    if block.config.parameters_from == "tokens":
+        _join_projections(block)
+    else:
+        block.to_lines = LineProjection(block.down, block.to_params, block.layout)
+        block.down = block.to_params = None
+    if block.mean is not None:
+        block.mean.bias, block.up.bias = block.up.bias, None
+
+
 def is_fused(block: GSPN2Block) -> bool:
     """Whether :func:`fuse_gspn2` has rearranged the weights of a block."""
-    return block.down_and_params is not None or getattr(block.mean, "bias", None) is not None
+    return block.down_and_params is not None or block.to_lines is not None
 
 
 @torch.no_grad()
@@ -75,27 +86,36 @@ def _join_projections(block: GSPN2Block) -> None:
     zeros = down.weight.new_zeros(unread, down.in_features)
     weight = torch.cat([params.weight, down.weight, zeros])
     bias = torch.cat([params.bias, params.bias.new_zeros(block.layout.proxy_dim + unread)])
-    block.down_and_params = _linear(weight, bias, params)
+    block.down_and_params = _linear(weight, bias, params.weight, params.training)
     block.down = block.to_params = None
 
 
 @torch.no_grad()
 def _part_projections(block: GSPN2Block) -> None:
     joint, width = block.down_and_params, block.layout.width
+    kind = joint.weight, joint.training
     weight = joint.weight[width : width + block.layout.proxy_dim]
-    block.down = _linear(weight.clone(), None, joint)
-    block.to_params = _linear(joint.weight[:width].clone(), joint.bias[:width].clone(), joint)
+    block.down = _linear(weight.clone(), None, *kind)
+    block.to_params = _linear(joint.weight[:width].clone(), joint.bias[:width].clone(), *kind)
     block.down_and_params = None
 
 
-def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
-    """A layer with these weights, in the mode of `like`."""
+def _part_lines(block: GSPN2Block) -> None:
+    lines = block.to_lines
+    down, weight, bias = lines.weights()
+    block.down = _linear(down, None, lines.down, lines.training)
+    block.to_params = _linear(weight, bias, lines.rows, lines.training)
+    block.to_lines = None
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: Tensor, training: bool) -> nn.Linear:
+    """A layer with these weights, trained if `like` is."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    trained = like.weight.requires_grad
+    trained = like.requires_grad
     layer.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=trained)
-    return layer.train(like.training)
+    return layer.train(training)
 
 
 def _blocks_by_site(pipe_or_model: DiffusionPipeline | nn.Module) -> dict[str, GSPN2Block]:
@@ -117,9 +137,11 @@ def _check_plain_layer(name: str, layer: nn.Module) -> None:
             f"{name}: expected a layer without hooks, got one that is offloaded or cast on the "
             "fly: fuse or unfuse first, then set up the hook"
         )
-    if type(layer) not in (nn.Linear, Lift) or type(layer.weight) is not nn.Parameter:
+    kinds = {type(weight) for weight in layer.parameters()}
+    if type(layer) not in (nn.Linear, Lift, LineProjection) or kinds != {nn.Parameter}:
+        kind = max(kinds, key=lambda kind: kind is not nn.Parameter, default=None)
         raise ValueError(
             f"{name}: expected a linear layer with weights of its own, got {type(layer).__name__} "
-            f"with {type(getattr(layer, 'weight', None)).__name__}: fuse before quantising, and "
-            "merge or unload LoRA first"
+            f"with {getattr(kind, '__name__', 'none')}: fuse before quantising, and merge or "
+            "unload LoRA first"
         )

@@ -8,15 +8,16 @@ computed again.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch
 from .launch import Sizes
-from .layout import LineLayout, pad
 
 NAMESPACE = "gspn2_diffusers"
-SIZES = "SymInt height, SymInt width, SymInt channels, SymInt groups, SymInt chunk_size, bool skip"
+SIZES = (  # chunk_size 0 scans the whole map, a native size of 0 leaves lam as it is
+    "SymInt height, SymInt width, SymInt channels, SymInt groups, SymInt chunk_size, bool skip, "
+    "SymInt native_height, SymInt native_width"
+)
 SCHEMAS = (
     f"scan_lines(Tensor rows, Tensor columns, {SIZES}, bool store_hidden) -> (Tensor, Tensor)",
     "scan_lines_backward(Tensor grad_y, Tensor rows, Tensor columns, Tensor hidden, "
@@ -35,8 +36,15 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # its registrations liv
 def scan_lines_cuda(rows, columns, *sizes_and_store):
     """y ``[B, N, P]`` and `hidden`."""
     *sizes, store_hidden = sizes_and_store
-    lines = rows.contiguous(), columns.contiguous()
-    return launch.run_forward(lines, Sizes(len(rows), *sizes), result=True, hidden=store_hidden)
+    sizes = Sizes(len(rows), *sizes)
+    y, hidden = launch.run_forward((rows, columns), sizes, result=True, hidden=store_hidden)
+    return y, rows.new_empty(0, dtype=torch.float32) if hidden is None else hidden
+
+
+def scan_lines_now(rows, columns, *sizes) -> Tensor:
+    """y ``[B, N, P]`` of CUDA tensors without a gradient, past torch's dispatcher."""
+    sizes = Sizes(len(rows), *sizes)
+    return launch.run_forward((rows, columns), sizes, result=True, hidden=False)[0]
 
 
 def scan_lines_backward_cuda(grad_y, rows, columns, hidden, *sizes):
@@ -68,11 +76,11 @@ def _scan_lines_setup(ctx, inputs, output):
 
 
 def _scan_lines_gradient(ctx, grad_y, _):
+    rest = (None,) * (len(ctx.sizes) + 1)
     if grad_y is None:
-        return (None,) * 9
+        return None, None, *rest
     operator = torch.ops.gspn2_diffusers.scan_lines_backward
-    grads = operator(grad_y, *ctx.saved_tensors, *ctx.sizes)
-    return *grads, *(None for _ in range(7))
+    return *operator(grad_y, *ctx.saved_tensors, *ctx.sizes), *rest
 
 
 # ---- tokens
@@ -91,10 +99,10 @@ def unpack_tokens_cuda(rows, columns, height, width, channels, groups, params_wi
     return launch.unpack((rows.contiguous(), columns.contiguous()), sizes, params_width)
 
 
-def scan_tokens_now(x, params, height, width, groups, chunk_size) -> Tensor:
+def scan_tokens_now(x, params, height, width, groups, chunk_size, native_grid) -> Tensor:
     """y ``[B, N, P]`` of CUDA tensors without a gradient, past torch's dispatcher."""
     x, params = _with_columns_together(x, params)
-    sizes = _token_sizes(x, height, width, groups, chunk_size)
+    sizes = _token_sizes(x, height, width, groups, chunk_size, *native_grid)
     *lines, arrivals = launch.pack(x, params, sizes, arrivals=True)
     y, _ = launch.run_forward(lines, sizes, result=True, hidden=False, arrivals=arrivals)
     return y
@@ -104,8 +112,8 @@ def _with_columns_together(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _token_sizes(x, height, width, groups, chunk_size=0) -> Sizes:
-    return Sizes(x.shape[0], height, width, x.shape[2], groups, chunk_size, True)
+def _token_sizes(x, height, width, groups, chunk_size=0, *native_grid) -> Sizes:
+    return Sizes(x.shape[0], height, width, x.shape[2], groups, chunk_size, True, *native_grid)
 
 
 def _pack_tokens_fake(x, params, height, width, groups):
@@ -127,34 +135,6 @@ def _pack_tokens_setup(ctx, inputs, output):
 def _pack_tokens_gradient(ctx, grad_rows, grad_columns):
     grads = torch.ops.gspn2_diffusers.unpack_tokens(grad_rows, grad_columns, *ctx.arguments)
     return *grads, None, None, None
-
-
-# ---- maps
-
-
-def pack_maps(
-    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, skip: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The lines, by axis, of the inputs of :func:`gspn2_diffusers.kernels.gspn2_scan`."""
-    gates = (lam, u) if skip is None else (lam, u, skip)
-    axes = []
-    for axis in (0, 1):
-        directions = slice(2 * axis, 2 * axis + 2)
-        parts = [x, *(gate[:, directions].flatten(1, 2) for gate in gates)]
-        together = torch.cat([*parts, logits[:, directions].flatten(1, 3)], dim=1)
-        lines = together.permute(0, 2, 1, 3) if axis == 0 else together.permute(0, 3, 1, 2)
-        length = lines.shape[-1]
-        axes.append(F.pad(lines, (0, pad(length, x.element_size()) - length)).contiguous())
-    return tuple(axes)
-
-
-def split_lines(rows: Tensor, columns: Tensor, grid, layout: LineLayout) -> tuple[Tensor, ...]:
-    """The inverse of :func:`pack_maps`; x is that of the rows."""
-    height, width = grid
-    x, *upright = layout.split(rows[..., :width])
-    _, *sideways = layout.split(columns[..., :height])
-    pairs = zip(upright, sideways, strict=True)
-    return x, *(torch.cat([a, b.transpose(-1, -2)], dim=1) for a, b in pairs)
 
 
 # ---- registration

@@ -25,9 +25,13 @@ class Maps(NamedTuple):
     skip: Tensor | None
 
 
-def forward(inputs: Maps, chunk_size: int | None) -> Tensor:
-    """y ``[B, P, H, W]``, channels last in memory, in the dtype of x."""
-    x = _accumulable(inputs.x)
+def forward(inputs: Maps, chunk_size: int | None, native_grid: tuple[int, int] = (0, 0)) -> Tensor:
+    """y ``[B, P, H, W]``, channels last in memory, in the dtype of x.
+
+    `native_grid` (0, 0) leaves lam as it is.
+    """
+    # To scale lam is to scale h, and h is scaled where it is read.
+    x, scales = _accumulable(inputs.x), _scales(inputs.x, native_grid)
     y = torch.zeros_like(x)
     if inputs.skip is not None:
         for skip in inputs.skip.unbind(1):
@@ -37,13 +41,19 @@ def forward(inputs: Maps, chunk_size: int | None) -> Tensor:
         normalize_(w)
         h = scan_(_gated(inputs.lam, x, directions, w), w, chunk_size)
         for d, h_d in _each(directions, h):
-            _by_line(y, d, w).addcmul_(_by_line(inputs.u[:, d], d, w), h_d)
+            _by_line(y, d, w).addcmul_(_by_line(inputs.u[:, d], d, w), h_d, value=scales[d])
     return y.to(inputs.x.dtype)
 
 
-def backward(grad_y: Tensor, inputs: Maps, grads: Maps, chunk_size: int | None) -> None:
+def backward(
+    grad_y: Tensor,
+    inputs: Maps,
+    grads: Maps,
+    chunk_size: int | None,
+    native_grid: tuple[int, int] = (0, 0),
+) -> None:
     """Write the gradients of all inputs into `grads`. The hidden state is computed again."""
-    x, grad_y = _accumulable(inputs.x), _accumulable(grad_y)
+    x, grad_y, scales = *map(_accumulable, (inputs.x, grad_y)), _scales(inputs.x, native_grid)
     grad_x = torch.zeros_like(x)
     if inputs.skip is not None:
         for skip, grad_skip in zip(inputs.skip.unbind(1), grads.skip.unbind(1), strict=True):
@@ -55,14 +65,29 @@ def backward(grad_y: Tensor, inputs: Maps, grads: Maps, chunk_size: int | None) 
         h = scan_(_gated(inputs.lam, x, directions, w), w, chunk_size)
         g = scan_backward_(_gated(inputs.u, grad_y, directions, w), w, chunk_size)
         for d, h_d in _each(directions, h):
+            _scale(h_d, scales[d])
             torch.mul(h_d, _by_line(grad_y, d, w), out=_by_line(grads.u[:, d], d, w))
+        grad_w = weight_gradient(g, h, chunk_size)
         for d, g_d in _each(directions, g):
+            _scale(g_d, scales[d])
             torch.mul(g_d, _by_line(x, d, w), out=_by_line(grads.lam[:, d], d, w))
             _by_line(grad_x, d, w).addcmul_(_by_line(inputs.lam[:, d], d, w), g_d)
-        grad_w = normalize_backward_(weight_gradient(g, h, chunk_size), w, total)
+        normalize_backward_(grad_w, w, total)
         for k, d in enumerate(directions):
             _taps_by_line(grads.logits[:, d], d).copy_(grad_w.flatten(1, 2)[:, k])
     grads.x.copy_(grad_x)
+
+
+def _scales(x: Tensor, native_grid: tuple[int, int]) -> list[float]:
+    """What lam is multiplied by in each direction."""
+    pairs = zip(native_grid, x.shape[-2:], strict=True)
+    upright, sideways = (native / lines if native else 1.0 for native, lines in pairs)
+    return [upright, upright, sideways, sideways]
+
+
+def _scale(tensor: Tensor, scale: float) -> None:
+    if scale != 1:
+        tensor.mul_(scale)
 
 
 def _accumulable(x: Tensor) -> Tensor:

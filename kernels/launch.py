@@ -8,14 +8,14 @@ out once: a small scan is over before Python has done much.
 import threading
 from array import array
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import TAPS, LineLayout, TokenLayout, pad
+from .layout import TAPS, VECTOR_BYTES, LineLayout, TokenLayout, pad
 from .plans import BACKWARD, FORWARD, Device, Plan, Problem, make_plan
 
 SOURCE = "\n".join(
@@ -28,6 +28,7 @@ PACK_SHARED_BYTES = 64 * 33 * 4
 
 _lock = threading.Lock()
 _this_thread = threading.local()
+_functions: dict[tuple[str, int], object] = {}  # compiled kernels by name and device
 
 
 class Sizes(NamedTuple):
@@ -40,6 +41,8 @@ class Sizes(NamedTuple):
     groups: int
     chunk_size: int  # 0: the whole map
     skip: bool
+    native_height: int = 0  # 0: lam as it is
+    native_width: int = 0
 
     @property
     def tokens(self) -> int:
@@ -64,9 +67,17 @@ class Sizes(NamedTuple):
 # ---- launching
 
 
-@cache
 def load(name: str, device_index: int):
-    """The compiled kernel, as a `cupy.cuda.Function`. Thread-safe; call it through `launch`."""
+    """The compiled kernel, as a `cupy.cuda.Function`. Thread-safe."""
+    function = _functions.get((name, device_index))
+    if function is None:
+        with _lock:
+            function = _functions.get((name, device_index)) or _compile(name, device_index)
+            _functions[name, device_index] = function
+    return function
+
+
+def _compile(name: str, device_index: int):
     import cupy
 
     with cupy.cuda.Device(device_index):
@@ -87,14 +98,13 @@ def launch(
     device: torch.device,
 ) -> None:
     """Run a kernel on the current stream of `device`; `arguments` are the members of its struct."""
-    from cupy.cuda import driver, runtime
-
     index = device.index
-    if not hasattr(_this_thread, "has_context"):  # the driver makes none, unlike the runtime
-        runtime.setDevice(torch.cuda.current_device())
-        _this_thread.has_context = True
-    with _lock:
-        function = load(name, index)
+    if not hasattr(_this_thread, "launch_kernel"):
+        from cupy.cuda import driver, runtime
+
+        runtime.setDevice(torch.cuda.current_device())  # the driver makes no context by itself
+        _this_thread.launch_kernel = driver.launchKernel
+    function, launch_kernel = load(name, index), _this_thread.launch_kernel
     struct = array("q", arguments)
     pointers = array("Q", (struct.buffer_info()[0],))
     sizes = (blocks, 1, 1, threads, 1, 1, shared_bytes)
@@ -102,10 +112,10 @@ def launch(
     stream = torch._C._cuda_getCurrentRawStream(index)
     call = function.ptr, *sizes, stream, pointers.buffer_info()[0], 0
     if index == torch.cuda.current_device():
-        driver.launchKernel(*call)
+        launch_kernel(*call)
     else:
         with torch.cuda.device(index):
-            driver.launchKernel(*call)
+            launch_kernel(*call)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -127,38 +137,55 @@ def run_forward(
     result: bool,
     hidden: bool,
     arrivals: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y ``[B, N, P]``, and h of every line in all directions, each empty where it is not wanted.
+) -> tuple[Tensor | None, Tensor | None]:
+    """y ``[B, N, P]``, and h of every line in all directions, each None where it is not wanted.
 
-    `lines` are the inputs by axis, each contiguous as a :class:`LineLayout` says; `arrivals` are
-    counters from :func:`pack`, which set them to zero.
+    `lines` are the inputs by axis, as a :class:`LineLayout` says, copied if the kernels cannot read
+    them where they are; `arrivals` are counters from :func:`pack`, which set them to zero.
     """
-    like = lines[0]
-    device, dtype = like.device, like.dtype
+    lines = [_readable(tensor) for tensor in lines]
+    device, dtype = lines[0].device, lines[0].dtype
     plan = plan_for(FORWARD, sizes, dtype, device.index)
-    y = allocate((sizes.batch, sizes.tokens, sizes.channels) if result else (0,), dtype, device)
-    count = sizes.workspace_size(sizes.channels, dtype.itemsize)
-    partial = allocate((count,), dtype, device) if result else None
-    h = allocate((count if hidden else 0,), torch.float32, device)
-    if arrivals is None and result:
-        arrivals = _zero_counters(plan, device)
+    count = _workspace_size(sizes, dtype.itemsize)
+    y = partial = h = None
+    if result:
+        y = allocate((sizes.batch, sizes.tokens, sizes.channels), dtype, device)
+        partial = allocate((count,), dtype, device)
+        if arrivals is None:
+            arrivals = _zero_counters(plan, device)
+    if hidden:
+        h = allocate((count,), torch.float32, device)
     buffers = _line_buffers(plan, 2, sizes, dtype, device)
-    outputs = (y if result else None, partial, h if hidden else None, None, arrivals, buffers)
-    _run(plan, lines, None, None, outputs, sizes, device)
+    _run(plan, lines, None, None, (y, partial, h, None, arrivals, buffers), sizes, device)
     return y, h
+
+
+def _readable(lines: Tensor) -> Tensor:
+    """The same lines where the kernels can read them: rows of neighbours, each at the beginning of
+    a vector, and offsets within a line that fit 32 bits."""
+    vector = VECTOR_BYTES // lines.element_size()
+    *outer, row, position = lines.stride()
+    fits = position == 1 and not any(stride % vector for stride in (*outer, row))
+    small = row * lines.shape[2] * lines.element_size() < 2**31
+    return lines if fits and small and not lines.data_ptr() % VECTOR_BYTES else lines.contiguous()
+
+
+@lru_cache(maxsize=1024)
+def _workspace_size(sizes: Sizes, itemsize: int) -> int:
+    """Elements of a partial result, or of h, of every direction."""
+    return sizes.workspace_size(sizes.channels, itemsize)
 
 
 def run_backward(
     lines: Sequence[Tensor], grad_y: Sequence[Tensor], hidden: Tensor, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `lines`, by axis; `grad_y` is that of y in lines of P rows, `hidden` h from
-    :func:`run_forward`."""
+    """The gradients of `lines`, by axis, which are contiguous; `grad_y` is that of y in lines of P
+    rows, `hidden` h from :func:`run_forward`."""
     like = lines[0]
     device, dtype = like.device, like.dtype
     plan = plan_for(BACKWARD, sizes, dtype, device.index)
     grads = tuple(allocate(tuple(t.shape), dtype, device) for t in lines)
-    count = sizes.workspace_size(sizes.channels, dtype.itemsize)
-    partial = allocate((count,), dtype, device)
+    partial = allocate((_workspace_size(sizes, dtype.itemsize),), dtype, device)
     parts = _parts(plan, sizes)
     shares = None
     if parts > 1:
@@ -186,8 +213,8 @@ def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
     arguments = []
     for pair in (lines, grad_y, grads):
         for tensor in pair or (None, None):
-            image_and_line = (0, 0) if tensor is None else tensor.stride()[:2]
-            arguments += (_address(tensor), *image_and_line)
+            strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
+            arguments += (_address(tensor), *strides)
     arguments += map(_address, outputs)
     arguments += (*sizes, plan.party, plan.lanes)
     name = plan.variant.name

@@ -3,6 +3,7 @@ that the CUDA kernels read."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 DIRECTION_COUNT = 4
@@ -48,11 +49,17 @@ class TokenLayout:
         gates = params[..., : self.gates].unflatten(-1, (3, DIRECTION_COUNT, -1))
         return logits[..., :TAPS], *gates.unbind(-3)
 
-    def lam_by_axis(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Views ``[..., 2 P]`` of `params` ``[..., K]``: lam of the two directions that scan rows,
-        and of the two that scan columns. Both may be changed in place under autograd."""
-        pair = 2 * self.proxy_dim
-        return params[..., :pair], params[..., pair : 2 * pair]
+    def by_line(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns in the order of the rows of a :class:`LineLayout` that follow x: those of the
+        rows of the map, those of its columns, and those that nobody reads."""
+        columns = torch.arange(self.width)
+        logits, *gates = self.split(columns)
+        of_axes = [
+            torch.cat([part[axis : axis + 2].flatten() for part in (*gates, logits)])
+            for axis in (0, 2)
+        ]
+        unread = columns[~torch.isin(columns, torch.cat(of_axes))]
+        return *of_axes, unread
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 from .backends import resolve_backend
-from .cuda_scan import pack_maps, scan_tokens_now, split_lines
+from .cuda_scan import scan_lines_now, scan_tokens_now
 from .layout import LineLayout, TokenLayout, pad
-from .reference import DIRECTIONS, scan_reference, scan_tokens_reference
+from .lines import pack_maps
+from .reference import (
+    DIRECTIONS,
+    scan_lines_reference,
+    scan_reference,
+    scan_tokens_reference,
+)
+
+AS_IT_IS = (0, 0)  # native grid of a scan that leaves lam alone
 
 
 def gspn2_scan(
@@ -20,6 +28,7 @@ def gspn2_scan(
     skip: Tensor | None = None,
     *,
     chunk_size: int | None = None,
+    native_grid: Sequence[int] | None = None,
     backend: str = "auto",
     store_hidden: bool = False,
 ) -> Tensor:
@@ -35,6 +44,9 @@ def gspn2_scan(
         skip: direct path from x, ``[B, 4, P, H, W]``, or None for none.
         chunk_size: lines after which the scan restarts from zero (a local scan); None scans the
             whole map.
+        native_grid: (H, W) of a map at which lam counts as it is. At another size it is multiplied
+            by native H / H in the two directions that go over the rows, by native W / W in the
+            other two. None: as it is at every size.
         backend: "auto" runs the CUDA kernels where they can run and torch elsewhere; "cuda" and
             "torch" run just that.
         store_hidden: the CUDA kernels keep h, 4 P H W float32 numbers an image, from the forward
@@ -53,15 +65,16 @@ def gspn2_scan(
         TypeError: a tensor is not of floating point.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    _check(x, logits, lam, u, skip, chunk_size)
+    _check(x, logits, lam, u, skip)
+    chunk_size, native_grid = _check_options(chunk_size, native_grid)
     tensors = [x, logits, lam, u] + ([] if skip is None else [skip])
     dtype = _common_dtype(tensors)
     if resolve_backend(backend, x, dtype) == "torch":
-        return scan_reference(x, logits, lam, u, skip, chunk_size)
+        return scan_reference(x, logits, lam, u, skip, chunk_size, *native_grid)
     computed = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
     same = [tensor.to(computed) for tensor in tensors] + ([None] if skip is None else [])
     height, width = x.shape[-2:]
-    sizes = height, width, x.shape[1], logits.shape[2], chunk_size or 0, skip is not None
+    sizes = height, width, x.shape[1], logits.shape[2], chunk_size, skip is not None, *native_grid
     y, _ = torch.ops.gspn2_diffusers.scan_lines(*pack_maps(*same), *sizes, store_hidden)
     y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     return y if dtype == x.dtype else y.to(x.dtype)  # autocast may have chosen another one
@@ -74,6 +87,7 @@ def gspn2_scan_tokens(
     *,
     groups: int = 1,
     chunk_size: int | None = None,
+    native_grid: Sequence[int] | None = None,
     backend: str = "auto",
     store_hidden: bool = False,
 ) -> Tensor:
@@ -87,7 +101,7 @@ def gspn2_scan_tokens(
             in three if not. The fourth, and what is left of the row, are not read.
         grid: H and W, N = H * W.
         groups: G, the number of weight groups.
-        chunk_size, backend, store_hidden: as in :func:`gspn2_scan`.
+        chunk_size, native_grid, backend, store_hidden: as in :func:`gspn2_scan`.
 
     Returns:
         ``[B, N, P]`` in the dtype of x.
@@ -96,16 +110,18 @@ def gspn2_scan_tokens(
         ValueError, TypeError, RuntimeError: as :func:`gspn2_scan`.
     """
     height, width = grid
-    _check_tokens(x, params, height, width, groups, chunk_size)
-    dtype = _common_dtype([x, params])
+    _check_tokens(x, params, height, width, groups)
+    chunk_size, native_grid = _check_options(chunk_size, native_grid)
+    dtype = x.dtype if x.dtype == params.dtype else _common_dtype([x, params])
     if resolve_backend(backend, x, dtype) == "torch":
-        return scan_tokens_reference(x, params, height, width, groups, chunk_size)
+        sizes = height, width, groups, chunk_size, *native_grid
+        return scan_tokens_reference(x, params, *sizes)
     tokens = x.to(dtype), params.to(dtype)
     if _runs_at_once(*tokens):
-        y = scan_tokens_now(*tokens, height, width, groups, chunk_size or 0)
+        y = scan_tokens_now(*tokens, height, width, groups, chunk_size, native_grid)
     else:
         lines = torch.ops.gspn2_diffusers.pack_tokens(*tokens, height, width, groups)
-        sizes = height, width, x.shape[2], groups, chunk_size or 0, True
+        sizes = height, width, x.shape[2], groups, chunk_size, True, *native_grid
         y, _ = torch.ops.gspn2_diffusers.scan_lines(*lines, *sizes, store_hidden)
     return y if dtype == x.dtype else y.to(x.dtype)
 
@@ -130,6 +146,7 @@ def gspn2_scan_lines(
     groups: int = 1,
     skip: bool = True,
     chunk_size: int | None = None,
+    native_grid: Sequence[int] | None = None,
     backend: str = "auto",
     store_hidden: bool = False,
 ) -> Tensor:
@@ -139,11 +156,13 @@ def gspn2_scan_lines(
         rows: x and parameters of the rows of a map, ``[B, H, R, padded]``: what a
             :class:`~gspn2_diffusers.kernels.layout.LineLayout` says. W positions and zeros.
         columns: the same of its columns, ``[B, W, R, padded]``: H positions and zeros.
+            Both may have any strides; the CUDA kernels copy them if positions are not neighbours
+            or a row does not begin at a multiple of 16 bytes.
         grid: H and W.
         proxy_dim: P.
         groups: G, the number of weight groups.
         skip: whether there are rows of skip.
-        chunk_size, backend, store_hidden: as in :func:`gspn2_scan`.
+        chunk_size, native_grid, backend, store_hidden: as in :func:`gspn2_scan`.
 
     Returns:
         ``[B, N, P]`` in the dtype of rows.
@@ -153,12 +172,13 @@ def gspn2_scan_lines(
     """
     height, width = grid
     layout = LineLayout(proxy_dim, groups, skip)
-    _check_lines(rows, columns, height, width, layout, chunk_size)
+    _check_lines(rows, columns, height, width, layout)
+    chunk_size, native_grid = _check_options(chunk_size, native_grid)
+    sizes = height, width, proxy_dim, groups, chunk_size, skip, *native_grid
     if resolve_backend(backend, rows, rows.dtype) == "torch":
-        maps = split_lines(rows, columns, grid, layout)
-        y = scan_reference(*maps, *(() if skip else (None,)), chunk_size)
-        return y.flatten(2).transpose(1, 2)
-    sizes = height, width, proxy_dim, groups, chunk_size or 0, skip
+        return scan_lines_reference(rows, columns, *sizes)
+    if _runs_at_once(rows, columns):
+        return scan_lines_now(rows, columns, *sizes)
     y, _ = torch.ops.gspn2_diffusers.scan_lines(rows, columns, *sizes, store_hidden)
     return y
 
@@ -172,7 +192,7 @@ def _common_dtype(tensors: list[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _check(x, logits, lam, u, skip, chunk_size) -> None:
+def _check(x, logits, lam, u, skip) -> None:
     _check_floating("x", x)
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [B, P, H, W] tensor, got {tuple(x.shape)}")
@@ -184,10 +204,9 @@ def _check(x, logits, lam, u, skip, chunk_size) -> None:
     for name, gate in (("lam", lam), ("u", u), ("skip", skip)):
         if gate is not None:
             _check_shape(name, gate, (batch, len(DIRECTIONS), proxy_dim, height, width))
-    _check_chunk_size(chunk_size)
 
 
-def _check_tokens(x, params, height, width, groups, chunk_size) -> None:
+def _check_tokens(x, params, height, width, groups) -> None:
     _check_floating("x", x)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty [B, N, P] tensor, got {tuple(x.shape)}")
@@ -198,10 +217,9 @@ def _check_tokens(x, params, height, width, groups, chunk_size) -> None:
         )
     _check_groups("groups", groups, proxy_dim)
     _check_shape("params", params, (batch, tokens, params_width(proxy_dim, groups)))
-    _check_chunk_size(chunk_size)
 
 
-def _check_lines(rows, columns, height, width, layout, chunk_size) -> None:
+def _check_lines(rows, columns, height, width, layout) -> None:
     _check_floating("rows", rows)
     if columns.dtype != rows.dtype:
         raise TypeError(f"columns: expected the dtype of rows, {rows.dtype}, got {columns.dtype}")
@@ -211,7 +229,6 @@ def _check_lines(rows, columns, height, width, layout, chunk_size) -> None:
     batch, itemsize = rows.shape[0], rows.element_size()
     _check_shape("rows", rows, (batch, height, layout.rows, pad(width, itemsize)))
     _check_shape("columns", columns, (batch, width, layout.rows, pad(height, itemsize)))
-    _check_chunk_size(chunk_size)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
@@ -227,9 +244,17 @@ def _check_groups(name: str, groups: int, proxy_dim: int) -> None:
         )
 
 
-def _check_chunk_size(chunk_size: int | None) -> None:
+def _check_options(chunk_size, native_grid) -> tuple[int, tuple[int, int]]:
+    """Both as the operators take them, with 0 for none."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected None or at least 1 line, got {chunk_size}")
+    if native_grid is None:
+        return chunk_size or 0, AS_IT_IS
+    if len(native_grid) != 2 or min(native_grid) < 1:
+        raise ValueError(
+            f"native_grid: expected None or a height and a width of at least 1, got {native_grid}"
+        )
+    return chunk_size or 0, tuple(native_grid)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

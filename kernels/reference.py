@@ -2,17 +2,19 @@
 
 Opaque, because a loop over lines is thousands of graph nodes for a compiler that traces it, and
 because autograd would keep every intermediate of every line; the gradients need only the inputs.
-There are two, as in cuda_scan.py: of maps and of tokens. Taking the parameters of a token apart
-inside the operator spares the backward pass a copy of their gradient, the largest tensor there is.
+There are three: of maps, of tokens and of lines. Taking the parameters of a token apart inside the
+operator spares the backward pass a copy of their gradient, the largest tensor there is.
+A chunk_size of 0 scans the whole map, a native size of 0 leaves lam as it is.
 """
 
 import torch
 from torch import Tensor
 
 from .directions import DIRECTIONS, Maps, backward, forward
-from .layout import TokenLayout
+from .layout import LineLayout, TokenLayout
+from .lines import pack_maps, split_lines
 
-__all__ = ["DIRECTIONS", "scan_reference", "scan_tokens_reference"]
+__all__ = ["DIRECTIONS", "scan_lines_reference", "scan_reference", "scan_tokens_reference"]
 
 
 # ---- maps
@@ -25,13 +27,15 @@ def scan_reference(
     lam: Tensor,
     u: Tensor,
     skip: Tensor | None,
-    chunk_size: int | None,
+    chunk_size: int,
+    native_height: int,
+    native_width: int,
 ) -> Tensor:
     """Shapes, dtypes and meaning as in :func:`gspn2_diffusers.kernels.gspn2_scan`; no checks.
 
     The result is channels last in memory.
     """
-    return forward(Maps(x, logits, lam, u, skip), chunk_size)
+    return forward(Maps(x, logits, lam, u, skip), chunk_size or None, (native_height, native_width))
 
 
 @torch.library.custom_op("gspn2_diffusers::torch_scan_backward", mutates_args=())
@@ -42,12 +46,14 @@ def scan_reference_backward(
     lam: Tensor,
     u: Tensor,
     skip: Tensor | None,
-    chunk_size: int | None,
+    chunk_size: int,
+    native_height: int,
+    native_width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, logits, lam, u and skip; the last is empty if skip is None."""
     inputs = Maps(x, logits, lam, u, skip)
     grads = Maps(*_empty_gradients(inputs))
-    backward(grad_y, inputs, grads, chunk_size)
+    backward(grad_y, inputs, grads, chunk_size or None, (native_height, native_width))
     return tuple(grads)
 
 
@@ -62,24 +68,24 @@ def _empty_channels_last(like: Tensor) -> Tensor:
 
 
 @scan_reference.register_fake
-def _(x, logits, lam, u, skip, chunk_size):
+def _(x, logits, lam, u, skip, *options):
     return _empty_channels_last(x)
 
 
 @scan_reference_backward.register_fake
-def _(grad_y, x, logits, lam, u, skip, chunk_size):
+def _(grad_y, x, logits, lam, u, skip, *options):
     return _empty_gradients(Maps(x, logits, lam, u, skip))
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.chunk_size = inputs
+    tensors, ctx.options = inputs[:5], inputs[5:]
     ctx.save_for_backward(*tensors)
 
 
 def _gradient(ctx, grad_y):
     inputs = ctx.saved_tensors
-    *grads, grad_skip = scan_reference_backward(grad_y, *inputs, ctx.chunk_size)
-    return *grads, None if inputs[-1] is None else grad_skip, None
+    *grads, grad_skip = scan_reference_backward(grad_y, *inputs, *ctx.options)
+    return *grads, None if inputs[-1] is None else grad_skip, *(None for _ in ctx.options)
 
 
 scan_reference.register_autograd(_gradient, setup_context=_setup)
@@ -90,10 +96,18 @@ scan_reference.register_autograd(_gradient, setup_context=_setup)
 
 @torch.library.custom_op("gspn2_diffusers::torch_scan_tokens", mutates_args=())
 def scan_tokens_reference(
-    x: Tensor, params: Tensor, height: int, width: int, groups: int, chunk_size: int | None
+    x: Tensor,
+    params: Tensor,
+    height: int,
+    width: int,
+    groups: int,
+    chunk_size: int,
+    native_height: int,
+    native_width: int,
 ) -> Tensor:
     """As :func:`gspn2_diffusers.kernels.gspn2_scan_tokens`, without checks."""
-    y = forward(_maps(x, params, height, width, groups), chunk_size)
+    maps = _maps(x, params, height, width, groups)
+    y = forward(maps, chunk_size or None, (native_height, native_width))
     return y.movedim(1, -1).flatten(1, 2)
 
 
@@ -105,14 +119,17 @@ def scan_tokens_reference_backward(
     height: int,
     width: int,
     groups: int,
-    chunk_size: int | None,
+    chunk_size: int,
+    native_height: int,
+    native_width: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and params; columns that nobody reads have gradient zero."""
     grad_x, grad_params = x.new_empty(x.shape), params.new_empty(params.shape)
     grad_params[..., TokenLayout(x.shape[-1], groups).gates :].zero_()
     inputs = _maps(x, params, height, width, groups)
     grads = _maps(grad_x, grad_params, height, width, groups)
-    backward(_map(grad_y, height, width), inputs, grads, chunk_size)
+    native_grid = native_height, native_width
+    backward(_map(grad_y, height, width), inputs, grads, chunk_size or None, native_grid)
     return grad_x, grad_params
 
 
@@ -127,18 +144,18 @@ def _map(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 @scan_tokens_reference.register_fake
-def _(x, params, height, width, groups, chunk_size):
+def _(x, params, *sizes):
     return x.new_empty(x.shape)
 
 
 @scan_tokens_reference_backward.register_fake
-def _(grad_y, x, params, height, width, groups, chunk_size):
+def _(grad_y, x, params, *sizes):
     return x.new_empty(x.shape), params.new_empty(params.shape)
 
 
-def _setup_tokens(ctx, inputs, output):
-    x, params, *ctx.sizes = inputs
-    ctx.save_for_backward(x, params)
+def _setup_pair(ctx, inputs, output):
+    first, second, *ctx.sizes = inputs
+    ctx.save_for_backward(first, second)
 
 
 def _gradient_tokens(ctx, grad_y):
@@ -146,4 +163,73 @@ def _gradient_tokens(ctx, grad_y):
     return *grads, *(None for _ in ctx.sizes)
 
 
-scan_tokens_reference.register_autograd(_gradient_tokens, setup_context=_setup_tokens)
+scan_tokens_reference.register_autograd(_gradient_tokens, setup_context=_setup_pair)
+
+
+# ---- lines
+
+
+@torch.library.custom_op("gspn2_diffusers::torch_scan_lines", mutates_args=())
+def scan_lines_reference(
+    rows: Tensor,
+    columns: Tensor,
+    height: int,
+    width: int,
+    channels: int,
+    groups: int,
+    chunk_size: int,
+    skip: bool,
+    native_height: int,
+    native_width: int,
+) -> Tensor:
+    """As :func:`gspn2_diffusers.kernels.gspn2_scan_lines`, without checks."""
+    maps = _maps_of_lines(rows, columns, height, width, LineLayout(channels, groups, skip))
+    y = forward(maps, chunk_size or None, (native_height, native_width))
+    return y.movedim(1, -1).flatten(1, 2)
+
+
+@torch.library.custom_op("gspn2_diffusers::torch_scan_lines_backward", mutates_args=())
+def scan_lines_reference_backward(
+    grad_y: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    height: int,
+    width: int,
+    channels: int,
+    groups: int,
+    chunk_size: int,
+    skip: bool,
+    native_height: int,
+    native_width: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and columns; that of x is all in those of the rows."""
+    inputs = _maps_of_lines(rows, columns, height, width, LineLayout(channels, groups, skip))
+    grads = Maps(*(None if t is None else torch.empty_like(t) for t in inputs))
+    native_grid = native_height, native_width
+    backward(_map(grad_y, height, width), inputs, grads, chunk_size or None, native_grid)
+    grad_rows, grad_columns = pack_maps(*grads)
+    grad_columns[:, :, :channels].zero_()
+    return grad_rows, grad_columns
+
+
+def _maps_of_lines(rows, columns, height, width, layout: LineLayout) -> Maps:
+    maps = split_lines(rows, columns, (height, width), layout)
+    return Maps(*maps, *(() if layout.skip else (None,)))
+
+
+@scan_lines_reference.register_fake
+def _(rows, columns, height, width, channels, *sizes):
+    return rows.new_empty((rows.shape[0], height * width, channels))
+
+
+@scan_lines_reference_backward.register_fake
+def _(grad_y, rows, columns, *sizes):
+    return rows.new_empty(rows.shape), columns.new_empty(columns.shape)
+
+
+def _gradient_lines(ctx, grad_y):
+    grads = scan_lines_reference_backward(grad_y, *ctx.saved_tensors, *ctx.sizes)
+    return *grads, *(None for _ in ctx.sizes)
+
+
+scan_lines_reference.register_autograd(_gradient_lines, setup_context=_setup_pair)

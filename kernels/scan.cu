@@ -73,7 +73,7 @@ struct Walk {
 struct Rows {
     int x, lam, u, skip, logits, row;  // row: from one row to the next
 
-    __device__ Rows(const Arguments& a, const Work& work, int size) : row(work.padded * size) {
+    __device__ Rows(const Arguments& a, const Work& work, int row) : row(row) {
         x = work.x_row() * row;
         lam = work.lam_row(a) * row;
         u = work.u_row(a) * row;
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
         const int ring_rows = skips ? 4 * C + 3 : gates ? 3 * C + 3 : 2 * C + 3;
         Ring<T, V, STAGES> ring(ring_rows, 0);
         ring.clear(place.present, ring_rows, 0);
-        const Rows rows(a, work, SIZE);
+        const Rows rows(a, work, a.inputs[work.axis].row * SIZE);
+        const float scale = work.scale(a);
         Walk input(a.inputs[work.axis], work, place.j, SIZE, false);
         const int64 plane = work.plane(a, SIZE, a.channels), line = a.channels * work.padded;
         const int64 begin = plane + int64(work.channel) * work.padded + place.j;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
                 ring.load(at, X + c, b[c]);
                 ring.load(at, LAM + c, gate);
 #pragma unroll
-                for (int v = 0; v < V; ++v) b[c][v] *= gate[v];
+                for (int v = 0; v < V; ++v) b[c][v] *= gate[v] * scale;
             }
         };
 
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
                         for (int v = 0; v < V; ++v) y[v] += gate[v] * x[v];
                     }
                     if (writes) Vector<T, V>::store(y_to, y);
-                    y_to += rows.row;
+                    y_to += work.padded * SIZE;
                 }
                 if (keeps && writes) Vector<float, V>::store(a.hidden + out + c * work.padded, h[c]);
             }
@@ -308,7 +309,8 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
         const int ring_rows = skips ? 5 * C + 3 : 4 * C + 3;
         Ring<T, V, STAGES> ring(ring_rows, C);
         ring.clear(place.present, ring_rows, C);
-        const Rows rows(a, work, SIZE);
+        const Rows rows(a, work, work.padded * SIZE);  // of the inputs and of their gradients
+        const float scale = work.scale(a);
         Walk input(a.inputs[work.axis], work, place.j, SIZE, true);
         Walk grad_y(a.grad_y[work.axis], work, place.j, SIZE, true);
         Walk grads(a.grads[work.axis], work, place.j, SIZE, true);
@@ -408,10 +410,10 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
                 ring.load(ring.now, X + c, value);
                 ring.load(ring.now, LAM + c, gate);
 #pragma unroll
-                for (int v = 0; v < V; ++v) out[v] = g[v] * value[v];
+                for (int v = 0; v < V; ++v) out[v] = g[v] * value[v] * scale;
                 if (writes) Vector<T, V>::store(grads.at + rows.lam + row, out);
 #pragma unroll
-                for (int v = 0; v < V; ++v) out[v] = g[v] * gate[v];
+                for (int v = 0; v < V; ++v) out[v] = g[v] * gate[v] * scale;
                 if (skips) {
                     ring.load(ring.now, SKIP + c, gate);
 #pragma unroll
@@ -462,11 +464,12 @@ template <class T> struct AnyLength {
     const int64 share;  // channels of a group
     const int64 items;  // positions times channels
     const int64 hidden_plane;
+    const float scale;
 
     __device__ AnyLength(const Arguments& a)
         : a(a), work(a, SIZE, blockIdx.x / 4, blockIdx.x % 4, a.party), share(a.channels / a.groups),
           items(min(a.party, a.channels - work.channel) * work.padded),
-          hidden_plane(work.plane(a, SIZE, a.channels)) {}
+          hidden_plane(work.plane(a, SIZE, a.channels)), scale(work.scale(a)) {}
 
     // The k-th line buffer of this block, of `per_block`.
     __device__ float* buffer(int64 k, int64 per_block) const {
@@ -482,7 +485,7 @@ template <class T> struct AnyLength {
         Vector<U, 1>::store(data + index * sizeof(U), one);
     }
     __device__ int64 at(const Lines& lines, int64 i, int64 row, int64 j) const {
-        return work.image * lines.image + work.line(i) * lines.line + row * work.padded + j;
+        return work.image * lines.image + work.line(i) * lines.line + row * lines.row + j;
     }
     __device__ float input(const Lines& lines, int64 i, int64 row, int64 j) const {
         return read<T>(lines.data, at(lines, i, row, j));
@@ -513,7 +516,7 @@ template <class T> __global__ void __launch_bounds__(512, 1) scan_forward_any_le
         for (int64 item = threadIdx.x; item < scan.items; item += blockDim.x) {
             const int64 channel = item / work.padded, j = item % work.padded;
             const float x = scan.input(lines, i, work.x_row() + channel, j);
-            float h = scan.input(lines, i, work.lam_row(a) + channel, j) * x;
+            float h = scan.input(lines, i, work.lam_row(a) + channel, j) * x * scan.scale;
             if (j >= work.length) h = 0.f;
             else if (!scan.restarts(i)) {
                 float slope[3];
@@ -583,6 +586,7 @@ template <class T> __global__ void __launch_bounds__(512, 1) scan_backward_any_l
                 }
             }
             const float h = a.hidden[at];
+            g *= scan.scale;
             scan.template write<T>(grads.data, scan.at(grads, i, work.lam_row(a) + channel, j), g * x);
             scan.template write<T>(grads.data, scan.at(grads, i, work.u_row(a) + channel, j), dy * h);
             float dx = g * lam;

@@ -14,7 +14,7 @@ __device__ __forceinline__ char* shared_at(int offset) {
 //     x [P]   lam [2, P]   u [2, P]   skip [2, P], if any   logits [2, G, 3]
 struct Lines {
     char* data;  // null: absent
-    int64 image, line;  // elements from one image, one line to the next
+    int64 image, line, row;  // elements from one image, line, row to the next
 };
 
 // Passed by value; every member has 64 bits, so that the host can build it as an array of integers.
@@ -31,6 +31,7 @@ struct Arguments {
     int64 batch, height, width, channels, groups;
     int64 chunk_size;   // 0: the whole map
     int64 skip;         // not 0: there is a skip
+    int64 native_height, native_width;  // lam counts native lines / lines times; 0: as it is
     int64 party;        // channels whose directions one set of threads adds up in the end
     int64 lanes;        // threads to a line, where a warp takes whole lines
 };
@@ -59,6 +60,11 @@ struct Work {
     __device__ static int pad(int length, int size) {
         const int vector = 16 / size;
         return (length + vector - 1) / vector * vector;
+    }
+    // What lam is multiplied by.
+    __device__ float scale(const Arguments& a) const {
+        const int64 native = axis ? a.native_width : a.native_height;
+        return native ? float(native) / lines : 1.f;
     }
     __device__ int64 line(int64 visit) const { return reversed ? lines - 1 - visit : visit; }
 

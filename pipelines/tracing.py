@@ -249,8 +249,8 @@ def _effect(func, args, kwargs, inputs: Sequence[Tensor], output: object) -> _Ef
     )
     if idle:  # memory that nothing is written to, or a view
         works = ()
-    elif name == "torch_scan_tokens":
-        works = _scan_works(*args)
+    elif name in SCANS:
+        works = SCANS[name](*args)
     else:
         works = (_work(func, args, kwargs, output, inputs, outputs),)
     workspace = WORKSPACES[name](*args) if name in WORKSPACES else 0
@@ -347,28 +347,51 @@ def _work(func, args, kwargs, output, inputs, outputs) -> Work:
 # ---- scans
 
 
-def _scan_works(x, params, height, width, groups, chunk_size) -> tuple[Work, Work]:
+def _token_scan_works(x, params, *arguments) -> tuple[Work, Work]:
     """The two launches of :func:`gspn2_diffusers.kernels.cuda_scan.scan_tokens_now`."""
-    sizes = _sizes(x, height, width, groups, chunk_size)
-    lines, partial = _line_bytes(sizes, x.itemsize), _partial_bytes(sizes, x.itemsize)
-    packed = Work("pack", 0, _bytes(x) + _bytes(params) + lines)
-    scanned = Work("scan", 0, lines + 2 * partial + _bytes(x), lines=max(height, width))
-    return packed, scanned
+    sizes = _sizes_of_tokens(x, *arguments)
+    packed = Work("pack", 0, _bytes(x) + _bytes(params) + _line_bytes(sizes, x.itemsize))
+    return packed, _scan_work(sizes, x.itemsize)
 
 
-def _scan_workspace(x, params, height, width, groups, chunk_size) -> int:
-    """Bytes of the lines, of the partial results and of what the kernel for any length keeps."""
-    sizes = _sizes(x, height, width, groups, chunk_size)
-    total = _line_bytes(sizes, x.itemsize) + _partial_bytes(sizes, x.itemsize)
-    if x.dtype in NUMBER_FORMATS:
-        plan = make_plan(Problem(FORWARD, x.dtype, *sizes[:5], sizes.skip), SCAN_DEVICE)
+def _line_scan_works(rows, columns, *arguments) -> tuple[Work]:
+    """The launch of :func:`gspn2_diffusers.kernels.cuda_scan.scan_lines_now`."""
+    return (_scan_work(_sizes_of_lines(rows, *arguments), rows.itemsize),)
+
+
+def _scan_work(sizes: Sizes, itemsize: int) -> Work:
+    y = itemsize * sizes.batch * sizes.tokens * sizes.channels
+    moved = _line_bytes(sizes, itemsize) + 2 * _partial_bytes(sizes, itemsize) + y
+    return Work("scan", 0, moved, lines=max(sizes.height, sizes.width))
+
+
+def _token_scan_workspace(x, params, *arguments) -> int:
+    """Bytes of the lines, and of what scanning them takes."""
+    sizes = _sizes_of_tokens(x, *arguments)
+    return _line_bytes(sizes, x.itemsize) + _scan_workspace(sizes, x.dtype)
+
+
+def _line_scan_workspace(rows, columns, *arguments) -> int:
+    return _scan_workspace(_sizes_of_lines(rows, *arguments), rows.dtype)
+
+
+def _scan_workspace(sizes: Sizes, dtype: torch.dtype) -> int:
+    """Bytes of the partial results and of what the kernel for any length keeps."""
+    total = _partial_bytes(sizes, dtype.itemsize)
+    if dtype in NUMBER_FORMATS:
+        plan = make_plan(Problem(FORWARD, dtype, *sizes[:5], sizes.skip), SCAN_DEVICE)
         if not plan.variant.stages:
-            total += 8 * plan.blocks * pad(max(height, width), x.itemsize) * plan.party
+            length = pad(max(sizes.height, sizes.width), dtype.itemsize)
+            total += 8 * plan.blocks * length * plan.party
     return total
 
 
-def _sizes(x: Tensor, height: int, width: int, groups: int, chunk_size: int | None) -> Sizes:
-    return Sizes(x.shape[0], height, width, x.shape[2], groups, chunk_size or 0, skip=True)
+def _sizes_of_tokens(x: Tensor, height, width, groups, chunk_size, *native_grid) -> Sizes:
+    return Sizes(x.shape[0], height, width, x.shape[2], groups, chunk_size, True, *native_grid)
+
+
+def _sizes_of_lines(rows: Tensor, *arguments) -> Sizes:
+    return Sizes(rows.shape[0], *arguments)
 
 
 def _line_bytes(sizes: Sizes, itemsize: int) -> int:
@@ -403,7 +426,12 @@ WORKSPACES: dict[str, Callable[..., int]] = {
     "addmm": _copies_for_products,
     "bmm": _copies_for_products,
     "baddbmm": _copies_for_products,
-    "torch_scan_tokens": _scan_workspace,
+    "torch_scan_tokens": _token_scan_workspace,
+    "torch_scan_lines": _line_scan_workspace,
+}
+SCANS: dict[str, Callable[..., tuple[Work, ...]]] = {
+    "torch_scan_tokens": _token_scan_works,
+    "torch_scan_lines": _line_scan_works,
 }
 OVERWRITES = {"copy_", "fill_", "zero_"}
 UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

@@ -175,6 +175,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "channels_last"
     chunk_size: int | None = None
+    native_grid: tuple[int, int] | None = None
     skip: bool = True
     store_hidden: bool = False
     seed: int = field(default=0, compare=False)
@@ -207,6 +208,7 @@ class Case:
         """The operator's result, ``[B, P, H, W]``."""
         options = {
             "chunk_size": self.chunk_size,
+            "native_grid": self.native_grid,
             "backend": backend,
             "store_hidden": self.store_hidden,
         }
@@ -220,6 +222,12 @@ class Case:
         """The same in float64."""
         if self.is_tokens:
             inputs = unpack_tokens(*inputs, (self.height, self.width), self.groups)
+        if self.native_grid is not None:
+            x, logits, lam, *rest = inputs
+            native_height, native_width = self.native_grid
+            scales = native_height / self.height, native_width / self.width
+            by_direction = lam.new_tensor([s for s in scales for _ in (0, 1)], dtype=torch.float64)
+            inputs = [x, logits, lam * by_direction[:, None, None, None], *rest]
         return scan_float64(*inputs, chunk_size=self.chunk_size)
 
 
@@ -246,6 +254,7 @@ def random_case(rng: random.Random, *, largest: tuple[int, int] = (70, 50)) -> C
         dtype=rng.choice(LOW_PRECISION),
         layout=rng.choice([*LAYOUTS, *TOKEN_LAYOUTS, "channels_last", "tokens"]),
         chunk_size=rng.choice([None, None, None, 1, 2, 4, 7, 16, 33, 1000]),
+        native_grid=rng.choice([None, None, (height, 2 * width), (1 + height // 2, width)]),
         skip=rng.random() < 0.7,
         store_hidden=rng.random() < 0.5,
         seed=rng.randrange(2**31),

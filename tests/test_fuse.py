@@ -12,6 +12,7 @@ from torch import nn
 
 from gspn2_diffusers import (
     GSPN2Adapter,
+    GSPN2Block,
     GSPN2Config,
     apply_gspn2,
     fuse_gspn2,
@@ -19,6 +20,9 @@ from gspn2_diffusers import (
     save_gspn2,
     unfuse_gspn2,
 )
+from gspn2_diffusers.fuse import fuse_block
+from gspn2_diffusers.kernels.lines import pack_maps
+from gspn2_diffusers.line_projection import LineProjection
 
 pytestmark = pytest.mark.filterwarnings("ignore::gspn2_diffusers.UntrainedBlocksWarning")
 
@@ -88,7 +92,13 @@ def test_unfusing_restores_every_weight_key_and_mode_bit_for_bit(config, trainin
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "config, layers", [(TOKENS, ["down_and_params", "mean", "up"]), (CONFIGS[3], ["up"])]
+    "config, layers",
+    [
+        (TOKENS, ["down_and_params", "mean", "up"]),
+        (CONFIGS[3], ["down_and_params", "up"]),
+        (CONFIGS[0], ["mean", "to_lines", "up"]),
+        (CONFIGS[1], ["to_lines", "up"]),
+    ],
 )
 def test_one_layer_reads_the_tokens_in_place_of_two(config, layers):
     model, run = patched(config)
@@ -97,15 +107,45 @@ def test_one_layer_reads_the_tokens_in_place_of_two(config, layers):
     for name, child in block.named_children():
         child.register_forward_hook(lambda *_, name=name: called.append(name))
     run(model)
-    assert sorted(called) == sorted({"down_and_params", *layers})
-    assert block.down_and_params.out_features % 16 == 0
+    assert sorted(called) == layers
+    assert block.down_and_params is None or block.down_and_params.out_features % 16 == 0
     assert block.up.bias is None or block.mean is None
 
 
-def test_weights_are_moved_and_not_kept_twice():
-    model, _ = patched()
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_projection_writes_the_lines_that_packing_would(groups, dtype):
+    config = GSPN2Config(proxy_dim=4, groups=groups)
+    block = awaken(GSPN2Block(16, config)).to(dtype)
+    tokens = torch.randn(2, 5 * 9, 16).to(dtype)
+    x, params = block._project(tokens)
+    maps = [part.movedim(1, -1).unflatten(-1, (5, 9)) for part in (x, *block.layout.split(params))]
+    expected = pack_maps(*maps)
+    lines = LineProjection(block.down, block.to_params, block.layout)(tokens, (5, 9))
+    for mine, packed in zip(lines, expected, strict=True):
+        assert mine.shape == packed.shape and not mine[..., 9:].any()
+        torch.testing.assert_close(mine, packed)
+        assert torch.equal(mine[:, :, :4], packed[:, :, :4])  # x, through the identity
+
+
+def test_lam_is_scaled_to_the_size_in_a_fused_block_too():
+    config = GSPN2Config(mean_path=False)
+    block = awaken(GSPN2Block(16, config, native_grid=(6, 4)).double())
+    tokens = torch.randn(2, 30, 16, dtype=torch.float64)
+    expected = block(tokens, (3, 10))
+    fuse_block(block)
+    torch.testing.assert_close(block(tokens, (3, 10)), expected)
+
+
+@pytest.mark.parametrize("config", [TOKENS, GSPN2Config()], ids=["tokens", "proxy"])
+def test_weights_are_moved_and_not_kept_twice(config):
+    model, _ = patched(config)
     unread = 15 * sum(block.down.in_features + 1 for block in blocks(model))
     proxies = sum(block.layout.proxy_dim for block in blocks(model))  # biases `down` did not have
+    if config.parameters_from == "proxy":  # an identity for each axis, and up to 7 columns of zeros
+        sizes = [(block.layout.proxy_dim, block.layout.width) for block in blocks(model)]
+        unread += sum(2 * p * p + 7 * (k + 2 * p) for p, k in sizes)
     size = sum(weight.numel() for weight in model.parameters())
     fused = sum(weight.numel() for weight in fuse_gspn2(model).parameters())
     assert size <= fused <= size + unread + proxies

@@ -13,8 +13,8 @@ from tolerances import assert_close
 from torch import Tensor
 
 from gspn2_diffusers.kernels import gspn2_scan_lines, launch, plans
-from gspn2_diffusers.kernels.cuda_scan import pack_maps
 from gspn2_diffusers.kernels.dense import RELATIVE_RMS, relative_error
+from gspn2_diffusers.kernels.lines import pack_maps
 
 pytestmark = pytest.mark.gpu
 
@@ -264,3 +264,28 @@ def test_lines_are_scanned_where_they_lie(dtype, skip, device, poisoned):
     options = {"proxy_dim": 6, "groups": 3, "skip": skip, "backend": "cuda"}
     y = gspn2_scan_lines(*lines, (21, 75), **options)
     check("result", y, case.reference(inputs).flatten(2).transpose(1, 2), case)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("grid", [(21, 75), (64, 64), (32, 100)])
+def test_lines_may_lie_apart_and_in_any_order(dtype, grid, device, poisoned):
+    """As matrix products for each column write them, and as slices of something larger."""
+    height, width = grid
+    case = Case(batch=2, channels=6, groups=3, height=height, width=width, dtype=dtype)
+    inputs = case.draw(device)
+    rows, columns = pack_maps(*inputs)
+    columns = columns.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    larger = rows.new_full((2, height + 3, *rows.shape[2:]), torch.nan)
+    larger[:, 1:-2] = rows
+    unaligned = rows.new_full((*rows.shape[:3], rows.shape[3] + 1), torch.nan)
+    unaligned[..., 1:] = rows
+    exact = case.reference(inputs).flatten(2).transpose(1, 2)
+    options = {"proxy_dim": 6, "groups": 3, "backend": "cuda"}
+    for some in (rows, larger[:, 1:-2], unaligned[..., 1:]):
+        check("result", gspn2_scan_lines(some, columns, grid, **options), exact, case)
+        leaves = [some.detach().requires_grad_(), columns.detach().requires_grad_()]
+        y = gspn2_scan_lines(*leaves, grid, **options)
+        again = gspn2_scan_lines(rows, columns.contiguous(), grid, **options)
+        assert torch.equal(y, again)
+        for grad in torch.autograd.grad(y.sum(), leaves):
+            assert torch.isfinite(grad).all()

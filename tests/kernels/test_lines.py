@@ -5,9 +5,9 @@ import torch
 from scan_cases import Case
 from tolerances import assert_close
 
-from gspn2_diffusers.kernels import gspn2_scan_lines
-from gspn2_diffusers.kernels.cuda_scan import pack_maps, split_lines
+from gspn2_diffusers.kernels import gspn2_scan, gspn2_scan_lines
 from gspn2_diffusers.kernels.layout import LineLayout, pad
+from gspn2_diffusers.kernels.lines import pack_maps, split_lines
 
 CASE = Case(batch=2, channels=6, groups=3, height=5, width=9, layout="planar")
 GRID = (CASE.height, CASE.width)
@@ -26,6 +26,36 @@ def test_lines_scan_to_what_their_maps_scan_to(dtype, skip):
     y = gspn2_scan_lines(*lines_of(case, inputs), (5, 9), **options)
     exact = Case(height=5, width=9, chunk_size=3).reference(inputs)
     assert_close(y, exact.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_gradients_of_lines_are_those_of_their_maps(skip):
+    case = Case(batch=2, channels=6, groups=3, height=5, width=9, dtype=torch.float64, skip=skip)
+    maps = [t.requires_grad_() for t in case.draw("cpu")]
+    options = {"chunk_size": 3, "native_grid": (7, 4)}
+    lines = [t.detach().requires_grad_() for t in lines_of(case, maps)]
+    y = gspn2_scan_lines(*lines, (5, 9), proxy_dim=6, groups=3, skip=skip, **options)
+    weight = torch.randn_like(y)
+    torch.autograd.backward(lines_of(case, maps), torch.autograd.grad(y, lines, weight))
+    leaves = [t.detach().requires_grad_() for t in maps]
+    expected = torch.autograd.grad(
+        gspn2_scan(*leaves, **options), leaves, weight.mT.unflatten(2, GRID)
+    )
+    torch.testing.assert_close([t.grad for t in maps], list(expected))
+
+
+def test_the_operator_of_lines_passes_opcheck():
+    lines = [t.requires_grad_() for t in lines_of(CASE, CASE.draw("cpu"))]
+    sizes = CASE.height, CASE.width, CASE.channels, CASE.groups, 2, True, 3, 0
+    torch.library.opcheck(torch.ops.gspn2_diffusers.torch_scan_lines, (*lines, *sizes))
+
+
+def test_lines_may_have_any_strides():
+    rows, columns = lines_of(CASE, CASE.draw("cpu"))
+    options = {"proxy_dim": 6, "groups": 3}
+    y = gspn2_scan_lines(rows, columns, GRID, **options)
+    turned = columns.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    assert torch.equal(gspn2_scan_lines(rows, turned, GRID, **options), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

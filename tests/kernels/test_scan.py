@@ -193,7 +193,7 @@ def random_tokens(batch, channels, groups, height, width):
 def test_tokens_give_the_values_and_gradients_of_the_maps_they_hold(shape, chunk_size):
     _, channels, groups, height, width = shape
     x, params = random_tokens(*shape)
-    y = scan_tokens_reference(x, params, height, width, groups, chunk_size)
+    y = scan_tokens_reference(x, params, height, width, groups, chunk_size or 0, 0, 0)
     maps = [
         t.movedim(1, -1).unflatten(-1, (height, width))
         for t in (x, *TokenLayout(channels, groups).split(params))
@@ -206,14 +206,31 @@ def test_tokens_give_the_values_and_gradients_of_the_maps_they_hold(shape, chunk
     torch.testing.assert_close(grads, expected_grads)
 
 
+@pytest.mark.parametrize("height, width", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_native_grid_scales_lam_by_axis(height, width, chunk_size):
+    x, logits, lam, u, skip = (t.requires_grad_() for t in random_inputs(2, 4, 2, height, width))
+    options = {"chunk_size": chunk_size}
+    y = gspn2_scan(x, logits, lam, u, skip, native_grid=(6, 2), **options)
+    scales = torch.tensor([6 / height, 6 / height, 2 / width, 2 / width], dtype=torch.float64)
+    scaled = lam * scales[:, None, None, None]
+    expected = gspn2_scan(x, logits, scaled, u, skip, **options)
+    torch.testing.assert_close(y, expected)
+    grads, expected_grads = (
+        torch.autograd.grad(result.square().sum(), (x, logits, lam, u, skip))
+        for result in (y, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads)
+
+
 @pytest.mark.parametrize("height, width", [(4, 4), (4, 5)])
 def test_operators_pass_opcheck_and_compile_without_graph_breaks(height, width):
     inputs = [t.float().requires_grad_() for t in random_inputs(1, 2, 1, height, width)]
     operators = torch.ops.gspn2_diffusers
-    torch.library.opcheck(operators.torch_scan, (*inputs, 3))
-    torch.library.opcheck(operators.torch_scan, (*inputs[:-1], None, None))
+    torch.library.opcheck(operators.torch_scan, (*inputs, 3, 0, 0))
+    torch.library.opcheck(operators.torch_scan, (*inputs[:-1], None, 0, 7, 2))
     tokens = random_tokens(1, 2, 1, height, width)
-    torch.library.opcheck(operators.torch_scan_tokens, (*tokens, height, width, 1, None))
+    torch.library.opcheck(operators.torch_scan_tokens, (*tokens, height, width, 1, 0, 8, 3))
     compiled = torch.compile(gspn2_scan, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), gspn2_scan(*inputs))
 
@@ -229,6 +246,8 @@ def test_operators_pass_opcheck_and_compile_without_graph_breaks(height, width):
         ({"u": torch.zeros(2, 2, 4, 6, 5)}, "u: expected shape"),
         ({"skip": torch.zeros(1)}, "skip: expected shape"),
         ({"chunk_size": 0}, "chunk_size: expected None or at least 1 line, got 0"),
+        ({"native_grid": (0, 5)}, r"native_grid: expected None or a height and .* got \(0, 5\)"),
+        ({"native_grid": (5,)}, "native_grid: expected None or a height and a width"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named_with_what_was_expected(change, message):

@@ -10,8 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from gspn2_diffusers import GSPN2Block, GSPN2Config, apply_gspn2, gspn2_sites
 from gspn2_diffusers.families import family_of
+from gspn2_diffusers.fuse import fuse_block
 from gspn2_diffusers.kernels import cuda_scan, launch
-from gspn2_diffusers.kernels.layout import TokenLayout
+from gspn2_diffusers.kernels.layout import LineLayout, TokenLayout, pad
 from gspn2_diffusers.pipelines.cards import CARDS, card_rates, measure_rates, specified_rates
 from gspn2_diffusers.pipelines.parts import without_data
 from gspn2_diffusers.pipelines.tracing import SCAN_DEVICE, Rates, Work, trace
@@ -228,12 +229,12 @@ def test_a_scan_takes_what_the_cuda_path_allocates(monkeypatch, dtype, height, w
     monkeypatch.setattr(launch, "launch", lambda *_: None)
     monkeypatch.setattr(launch.Device, "of", lambda _: SCAN_DEVICE)
     launch._plan.cache_clear()
-    sizes = height, width, groups, 0
+    sizes = height, width, groups, 0, (0, 0)
     real = trace(lambda: cuda_scan.scan_tokens_now(x, params, *sizes))
     launch._plan.cache_clear()
 
     scan = torch.ops.gspn2_diffusers.torch_scan_tokens
-    predicted = trace(lambda: scan(x, params, height, width, groups, None))
+    predicted = trace(lambda: scan(x, params, height, width, groups, 0, 0, 0))
     assert predicted.kept_bytes == real.kept_bytes
     slack = 6 * 512  # six tensors, each rounded up, and the counters of the blocks
     assert real.peak_bytes - slack <= predicted.peak_bytes <= real.peak_bytes
@@ -245,6 +246,37 @@ def test_a_scan_is_two_launches_and_waits_for_its_lines():
     works = trace(lambda: block(tokens, (40, 30))).works
     assert [work.lines for work in works if work.kind == "scan"] == [40]
     assert sum(work.kind == "pack" for work in works) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height, width", [(5, 9), (64, 48), (3, 5000)])
+def test_a_scan_of_lines_takes_what_the_cuda_path_allocates(monkeypatch, dtype, height, width):
+    layout = LineLayout(8, 1, True)
+    rows = meta(1, height, layout.rows, pad(width, dtype.itemsize), dtype=dtype)
+    columns = meta(1, width, layout.rows, pad(height, dtype.itemsize), dtype=dtype)
+    monkeypatch.setattr(launch, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_readable", lambda lines: lines)  # they have no addresses
+    monkeypatch.setattr(launch.Device, "of", lambda _: SCAN_DEVICE)
+    launch._plan.cache_clear()
+    sizes = height, width, 8, 1, 0, True, 0, 0
+    real = trace(lambda: cuda_scan.scan_lines_now(rows, columns, *sizes))
+    launch._plan.cache_clear()
+
+    scan = torch.ops.gspn2_diffusers.torch_scan_lines
+    predicted = trace(lambda: scan(rows, columns, *sizes))
+    assert predicted.kept_bytes == real.kept_bytes
+    slack = 6 * 512  # as above
+    assert real.peak_bytes - slack <= predicted.peak_bytes <= real.peak_bytes
+
+
+def test_a_fused_block_writes_lines_and_packs_nothing():
+    config = GSPN2Config(mean_path=False)
+    block = GSPN2Block(16, config).to("meta")
+    fuse_block(block)
+    tokens = meta(1, 40 * 30, 16)
+    works = trace(lambda: block(tokens, (40, 30))).works
+    assert [work.lines for work in works if work.kind == "scan"] == [40]
+    assert not any(work.kind == "pack" for work in works)
 
 
 def test_every_patched_layer_of_a_model_counts_as_a_scan():
