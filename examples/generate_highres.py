@@ -27,7 +27,7 @@ options = parser.parse_args()
 width, height = map(int, options.size.split("x"))
 
 prefer_growing_memory()
-pipe = HighResPipeline(load_pipeline(options.model, weights=options.weights))
+pipe = HighResPipeline(load_pipeline(options.model, weights=options.weights, fuse=True))
 for stage in pipe.default_stages(height, width, num_inference_steps=options.steps):
     print(f"{stage.width}x{stage.height}: {stage.steps} steps of strength {stage.strength}")
 result = pipe(

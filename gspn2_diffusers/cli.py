@@ -194,7 +194,9 @@ def generate(
     terminal.quiet_libraries()
     from gspn2_diffusers.pipelines import generate_images, load_pipeline
 
-    pipe = load_pipeline(model, weights=weights, dtype=dtype, device=device, backend=backend.value)
+    pipe = load_pipeline(
+        model, weights=weights, dtype=dtype, device=device, backend=backend.value, fuse=True
+    )
     pipe.set_progress_bar_config(disable=True)
     with terminal.progress_bar() as bar:
         task = bar.add_task("generating", total=None)
@@ -403,7 +405,9 @@ def highres(
         model, weights = str(shipped_folder("pipeline")), weights or str(shipped_folder("gspn2"))
     path = output or Path("outputs") / _large_file_name(prompt, height, width)
     start = None if image is None else Image.open(image)
-    pipe = load_pipeline(model, weights=weights, dtype=dtype, device=device, backend=backend.value)
+    pipe = load_pipeline(
+        model, weights=weights, dtype=dtype, device=device, backend=backend.value, fuse=True
+    )
     kept = path.with_name(path.name + ".stages")
     with terminal.progress_bar(remaining=True) as bar:
         result = HighResPipeline(pipe)(

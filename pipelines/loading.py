@@ -18,6 +18,7 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    fuse: bool = False,
     **from_pretrained: object,
 ) -> DiffusionPipeline:
     """Load a pipeline, put it on a device and apply GSPN-2 weights to it if any are named.
@@ -28,6 +29,7 @@ def load_pipeline(
         dtype: of all models in the pipeline; None picks by device, see `default_dtype`.
         device: None picks the first of cuda, mps and cpu that is there.
         backend: of the GSPN-2 scan if weights are named, see `apply_gspn2`.
+        fuse: fuse the blocks for inference, see `fuse_gspn2`, if the CUDA kernels will run them.
         from_pretrained: further keywords of ``DiffusionPipeline.from_pretrained``, such as
             ``revision`` and ``variant``.
 
@@ -45,9 +47,12 @@ def load_pipeline(
         raise OSError(load_failure(source, error)) from error
     if weights is not None:
         # Here, because applying imports every model family while loading alone does not.
-        from gspn2_diffusers import apply_gspn2
+        from gspn2_diffusers import apply_gspn2, fuse_gspn2
+        from gspn2_diffusers.kernels import backends
 
         apply_gspn2(pipe, str(weights), backend=backend)
+        if fuse and backend != "torch" and backends.why_not_cuda(device, dtype) is None:
+            fuse_gspn2(pipe)
     return pipe.to(device)
 
 

@@ -20,6 +20,7 @@ from gspn2_diffusers.attention import PATCHED_CLASSES
 from gspn2_diffusers.block import GSPN2Block
 from gspn2_diffusers.conditioning import native_side, side_step
 from gspn2_diffusers.families import FAMILIES, find_denoiser
+from gspn2_diffusers.fuse import fuse_block
 from gspn2_diffusers.grid import attach_grid_hook
 from gspn2_diffusers.lift import Lift
 from gspn2_diffusers.pipelines.loading import load_failure, resolve_model
@@ -98,8 +99,8 @@ def outline_parts(
 
     Args:
         model: pipeline folder or hub id.
-        weights: GSPN-2 sidecar, folder or hub id, whose blocks the denoiser gets; they compute
-            above the model's own size.
+        weights: GSPN-2 sidecar, folder or hub id, whose blocks the denoiser gets, fused; they
+            compute above the model's own size.
         dtype: of all parts.
 
     Raises:
@@ -145,7 +146,7 @@ def _outline(source: str, part: str, library: str, name: str) -> nn.Module | Non
 
 
 def _patch(denoiser: nn.Module, weights: str | Path, dtype: torch.dtype) -> None:
-    """Give a denoiser without data the blocks of a sidecar, as apply_gspn2 does."""
+    """Give a denoiser without data the blocks of a sidecar, as apply_gspn2 and fuse_gspn2 do."""
     config = GSPN2Adapter.load_config(str(weights))
     with torch.device("meta"):
         adapter = GSPN2Adapter.from_config(config).to(dtype)
@@ -153,6 +154,7 @@ def _patch(denoiser: nn.Module, weights: str | Path, dtype: torch.dtype) -> None
     for name, owner_name, attn in list(walk_sites(denoiser)):
         if name in chosen:
             attn.gspn2 = block = blocks[name]
+            fuse_block(block)
             attn.__class__ = PATCHED_CLASSES[type(attn)]
             if block.native_grid is not None:
                 attn.gspn2_min_tokens = math.prod(block.native_grid) + 1

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from gspn2_diffusers import gspn2_sites
+from gspn2_diffusers import GSPN2Adapter, gspn2_sites
+from gspn2_diffusers.fuse import is_fused
+from gspn2_diffusers.kernels import backends
 from gspn2_diffusers.pipelines import load_pipeline
 from gspn2_diffusers.pipelines.loading import available_devices, default_dtype
 from gspn2_diffusers.pipelines.outline import outline_sites
@@ -13,6 +15,25 @@ def test_weights_patch_the_pipeline_and_its_dtype_holds_for_the_blocks(sd_folder
     pipe = load_pipeline(sd_folder, weights=gspn2_folder, dtype="bfloat16", device="cpu")
     assert all(site.patched for site in gspn2_sites(pipe))
     assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("backend, kernels_run", [("auto", True), ("auto", False), ("torch", True)])
+def test_blocks_are_fused_only_for_the_cuda_kernels(
+    sd_folder, gspn2_folder, backend, kernels_run, monkeypatch
+):
+    obstacle = None if kernels_run else "expected a GPU"
+    monkeypatch.setattr(backends, "why_not_cuda", lambda *_: obstacle)
+    options = {"weights": gspn2_folder, "device": "cpu", "backend": backend}
+    blocks = [
+        block
+        for fuse in (False, True)
+        for block in GSPN2Adapter.of_patched(
+            load_pipeline(sd_folder, fuse=fuse, **options).unet
+        ).blocks
+    ]
+    half = len(blocks) // 2
+    assert not any(map(is_fused, blocks[:half]))
+    assert all(is_fused(block) == (kernels_run and backend == "auto") for block in blocks[half:])
 
 
 def test_cpu_computes_in_float32_unless_told_otherwise(sd_folder):

@@ -67,7 +67,11 @@ def check(dtype, channels, groups, height, width, chunk_size, store_hidden, *, g
 
     def scan_maps(inputs, backend):
         return gspn2_scan(
-            *inputs, chunk_size=chunk_size, backend=backend, store_hidden=store_hidden
+            *inputs,
+            chunk_size=chunk_size,
+            native_grid=(3, 100),
+            backend=backend,
+            store_hidden=store_hidden,
         )
 
     def scan_tokens(inputs, backend):

@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import send_to_device
 from tiny_models import awaken, tiny_denoiser, tiny_sd_pipeline
 
-from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2
+from gspn2_diffusers import GSPN2Adapter, GSPN2Block, GSPN2Config, apply_gspn2, fuse_gspn2
+from gspn2_diffusers.fuse import fuse_block
 from gspn2_diffusers.kernels import backends
 
 pytestmark = [
@@ -50,12 +51,15 @@ def with_inputs_on(device, model):
     "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
 )
 @pytest.mark.parametrize("family", ["unet", "sdxl", "dit", "pixart"])
+@pytest.mark.parametrize("fused", [False, True])
 @torch.no_grad()
 def test_patched_models_compute_the_same_with_both_backends(
-    family, dtype, tolerance, device, torch_backend
+    fused, family, dtype, tolerance, device, torch_backend
 ):
     model, run = tiny_denoiser(family)
     awaken(apply_gspn2(model, GSPN2Config())).to(device, dtype)
+    if fused:
+        fuse_gspn2(model)
     call = with_inputs_on(device, model)
     sizes = [(8, 8)] if family == "dit" else [(8, 8), (12, 10), (2, 16)]
     fast = [run(call, 2, *size, dtype=dtype) for size in sizes]
@@ -115,9 +119,27 @@ def test_sequential_offload_works_after_patching(adapter, image):
     assert near(draw(pipe), image, 1e-4)
 
 
-def test_a_compiled_patched_model_draws_the_same(device):
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_a_scaled_map_computes_the_same_with_both_backends(fused, device, torch_backend):
+    """Off the size of the model, lam is scaled, and odd sizes are padded."""
+    block = awaken(GSPN2Block(64, GSPN2Config(), native_grid=(8, 8)))
+    tokens = torch.randn(2, 37 * 90, 64, device=device)
+    expected = block.cpu().double()(tokens.cpu().double(), (37, 90))
+    block.to(device, torch.float32)
+    if fused:
+        fuse_block(block)
+    assert near(block(tokens, (37, 90)).cpu(), expected, 1e-4)
+    torch_backend()
+    assert near(block(tokens, (37, 90)).cpu(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_patched_model_draws_the_same(fused, device):
     model, run = tiny_denoiser("pixart")
     call = with_inputs_on(device, awaken(apply_gspn2(model, GSPN2Config())).to(device))
+    if fused:
+        fuse_gspn2(model)
     sizes = [(8, 8), (12, 10)]
     torch.compiler.reset()
     with torch.no_grad():

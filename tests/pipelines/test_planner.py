@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from tiny_models import tiny_dit, tiny_pixart, tiny_sdxl_pipeline, tiny_unet, tiny_vae
 from tiny_teachers import patched_pipeline, teacher_pipeline
 
-from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2, gspn2_sites
+from gspn2_diffusers import GSPN2Adapter, GSPN2Config, apply_gspn2, fuse_gspn2, gspn2_sites
 from gspn2_diffusers.families import family_of, find_denoiser
 from gspn2_diffusers.pipelines import ladders
 from gspn2_diffusers.pipelines.cards import card_rates
@@ -427,7 +427,7 @@ def test_an_outline_is_planned_as_the_pipeline_itself(sd_folder, gspn2_folder, p
     outline = outline_parts(sd_folder, weights=weights, dtype=torch.float32)
     pipe = load_pipeline(sd_folder, dtype="float32", device="cpu")
     if patched:
-        apply_gspn2(pipe, weights, min_tokens="native")
+        fuse_gspn2(apply_gspn2(pipe, weights, min_tokens="native"))
     assert all(parameter.is_meta for part in outline.all for parameter in part.parameters())
     found = plan(128, 96, outline, PLENTY, rates=H100)
     assert found == plan(128, 96, pipe, PLENTY, rates=H100)
