@@ -20,7 +20,8 @@ STRIP = 30  # threads of a warp that have positions of their own, where a line i
 CHANNELS = (4, 2, 1)  # of a thread
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
 WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
-STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips
+STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips, 4 positions
+BUSY_WARPS = {2: 15, 4: 18, 8: 18}  # of a multiprocessor: what more than that would bring is lost
 LARGEST_PARTY = 16
 TILE_BYTES = 4 * max(party * side * (side + 1) for party, side in ((1, 64), (4, 32), (16, 16)))
 SECTOR_BYTES = 32  # of device memory
@@ -29,7 +30,7 @@ MOST_THREADS = {  # by positions and channels of a thread: as many as spill no r
         (2, 1): 896, (2, 2): 640, (2, 4): 512, (4, 1): 640, (4, 2): 512, (4, 4): 384, (8, 1): 512,
     },
     BACKWARD: {
-        (2, 1): 640, (2, 2): 640, (2, 4): 512, (4, 1): 512, (4, 2): 384, (4, 4): 384, (8, 1): 256,
+        (2, 1): 512, (2, 2): 512, (2, 4): 384, (4, 1): 512, (4, 2): 384, (4, 4): 384, (8, 1): 256,
     },
 }  # fmt: skip
 ANY_LENGTH_THREADS, ANY_LENGTH_CHANNELS = 512, 8
@@ -142,11 +143,14 @@ def ring_plans(problem: Problem, device: Device) -> Iterator[Plan]:
 
 def shapes_of_a_thread(itemsize: int, *, strips: bool) -> list[tuple[int, int]]:
     """Positions and channels that a thread may own; its vectors have 4 to 16 bytes."""
-    if not strips:
-        return list(product((2, 4), CHANNELS))
-    shapes = [(4, channels) for channels in CHANNELS]
+    shapes = list(product((2, 4), CHANNELS))
     longer = 8 * itemsize <= VECTOR_BYTES  # twice the reach, for lines that are too long otherwise
-    return [*shapes, (8, 1)] if longer else shapes
+    return [*shapes, (8, 1)] if strips and longer else shapes
+
+
+def strip_stages(kernel: str, vector: int) -> tuple[int, ...]:
+    """Depths of the ring of lines in strips: one only where threads have few positions."""
+    return STRIP_STAGES[kernel] if vector > 2 else STRIP_STAGES[kernel][:1]
 
 
 def most_threads(kernel: str, vector: int, channels: int, capability: tuple[int, int]) -> int:
@@ -185,7 +189,7 @@ def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
         and 8 * party // channels <= device.processors
     ):
         party *= 2
-    for stages in STRIP_STAGES[problem.kernel]:
+    for stages in strip_stages(problem.kernel, vector):
         size = shared_bytes(problem, vector, channels, threads, stages, strips=True)
         if threads > bound or size > device.shared_bytes:
             continue
@@ -205,21 +209,27 @@ def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
 
     The order and the numbers are those that timing every plan on an H100 suggested. Where lines are
     short, or there is a gradient, threads with many channels do the least work, if there are still
-    four warps to a multiprocessor. Long lines go forward best with two channels, unless the blocks
-    of the last wave leave most of the device idle.
+    four warps to a multiprocessor; in strips, few positions are then best. Long lines go forward
+    best with as many warps as a multiprocessor has use for, in one wave of blocks. Where even the
+    fewest are more than that, two channels to a thread are best, unless the blocks of the last wave
+    leave most of the device idle.
     """
     variant, processors = plan.variant, device.processors
     warps = plan.blocks * plan.threads // WARP
     missing = max(0, 4 * processors - warps)
     if not variant.strips:
         return missing, warps, 2 * plan.blocks < processors, -plan.party
+    last_resort = variant.vector == 8
     if problem.kernel == BACKWARD:
-        return variant.vector, missing, warps
+        return last_resort, missing, -variant.channels, variant.vector
     resident = min(device.shared_bytes // plan.shared_bytes, variant.threads // plan.threads)
     at_once = processors * max(1, resident)
     waves = -(-plan.blocks // at_once)
     wasteful = waves > 1 and plan.blocks < 0.75 * waves * at_once
-    return variant.vector, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
+    if warps <= BUSY_WARPS[variant.vector] * processors and not wasteful:
+        return last_resort, 0, -warps, -variant.stages, -variant.channels
+    order = variant.vector != 4, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
+    return last_resort, 1, *order
 
 
 def shared_bytes(problem, vector, channels, threads, stages, *, strips) -> int:
@@ -245,12 +255,9 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     found = []
     for kernel, (dtype, name) in product((FORWARD, BACKWARD), NUMBER_FORMATS.items()):
         found.append(Variant(kernel, name))
-        for strips, depths in ((False, (WHOLE_STAGES,)), (True, STRIP_STAGES[kernel])):
-            shapes = shapes_of_a_thread(dtype.itemsize, strips=strips)
-            found += [
-                Variant(
-                    kernel, name, *shape, strips, stages, most_threads(kernel, *shape, capability)
-                )
-                for shape, stages in product(shapes, depths)
-            ]
+        for strips in (False, True):
+            for shape in shapes_of_a_thread(dtype.itemsize, strips=strips):
+                threads = most_threads(kernel, *shape, capability)
+                depths = strip_stages(kernel, shape[0]) if strips else (WHOLE_STAGES,)
+                found += [Variant(kernel, name, *shape, strips, depth, threads) for depth in depths]
     return found

@@ -162,7 +162,7 @@ load_weights(const Ring<T, V, STAGES>& ring, int at, int r, int j, int length, W
 
 template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
-    constexpr int SIZE = sizeof(T), TOGETHER = V > 4 ? V : 4;
+    constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4;
     enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + 3, SKIP = 3 * C + 3 };
     const Place<V, STRIPS> place(a, SIZE, C);
     const Work& work = place.work;
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
 // At visit v a thread stands on line lines - 1 - v; the ring's stage holds h of the line before.
 template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
-    constexpr int SIZE = sizeof(T), TOGETHER = V > 4 ? V : 4, HIDDEN = V * sizeof(float);
+    constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4, HIDDEN = V * sizeof(float);
     enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + 3, GRAD_Y = 3 * C + 3, SKIP = 4 * C + 3 };
     const Place<V, STRIPS> place(a, SIZE, C);
     const Work& work = place.work;
