@@ -74,8 +74,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 def random_adapter(unet: UNet2DConditionModel, config: GSPN2Config) -> GSPN2Adapter:
     """Blocks for every layer with random gates: fresh ones multiply everything by zero."""
-    layers = [{"name": site.name, "channels": site.channels} for site in gspn2_sites(unet)]
-    adapter = GSPN2Adapter(type(unet).__name__, layers, config.to_dict())
+    adapter = GSPN2Adapter.for_model(unet, config, inherit=False)
     for block in adapter.blocks:
         nn.init.normal_(block.to_params.weight, std=0.02)
     return adapter.requires_grad_(False)

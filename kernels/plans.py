@@ -21,7 +21,10 @@ CHANNELS = (4, 2, 1)  # of a thread
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
 WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
 STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips, 4 positions
-BUSY_WARPS = {2: 15, 4: 18, 8: 18}  # of a multiprocessor: what more than that would bring is lost
+BUSY_WARPS = {  # of a multiprocessor, by positions of a thread: what more would bring is lost
+    FORWARD: {2: 15, 4: 18, 8: 18},
+    BACKWARD: {2: 10, 4: 64, 8: 64},
+}
 LARGEST_PARTY = 16
 TILE_BYTES = 4 * max(party * side * (side + 1) for party, side in ((1, 64), (4, 32), (16, 16)))
 SECTOR_BYTES = 32  # of device memory
@@ -220,13 +223,14 @@ def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
     if not variant.strips:
         return missing, warps, 2 * plan.blocks < processors, -plan.party
     last_resort = variant.vector == 8
+    crowded = warps > BUSY_WARPS[problem.kernel][variant.vector] * processors
     if problem.kernel == BACKWARD:
-        return last_resort, missing, -variant.channels, variant.vector
+        return last_resort, missing, -variant.channels, crowded, variant.vector
     resident = min(device.shared_bytes // plan.shared_bytes, variant.threads // plan.threads)
     at_once = processors * max(1, resident)
     waves = -(-plan.blocks // at_once)
     wasteful = waves > 1 and plan.blocks < 0.75 * waves * at_once
-    if warps <= BUSY_WARPS[variant.vector] * processors and not wasteful:
+    if not (crowded or wasteful):
         return last_resort, 0, -warps, -variant.stages, -variant.channels
     order = variant.vector != 4, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
     return last_resort, 1, *order

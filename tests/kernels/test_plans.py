@@ -90,3 +90,32 @@ def test_the_layers_of_sdxl_never_run_the_slow_kernels():
             for kernel in (plans.FORWARD, plans.BACKWARD):
                 problem = Problem(kernel, torch.bfloat16, 1, side, side, channels, 1, skip=True)
                 assert plans.make_plan(problem, device).variant.stages
+
+
+@pytest.mark.parametrize(
+    "kernel, size, groups, fastest",
+    [
+        (plans.FORWARD, (1, 80, 128, 128), 1, (2, 1)),
+        (plans.FORWARD, (1, 160, 128, 128), 1, (2, 1)),
+        (plans.FORWARD, (2, 160, 128, 128), 1, (2, 2)),
+        (plans.FORWARD, (8, 160, 128, 128), 1, (4, 2)),
+        (plans.FORWARD, (1, 80, 256, 256), 1, (2, 1)),
+        (plans.FORWARD, (2, 80, 256, 256), 1, (4, 1)),
+        (plans.FORWARD, (4, 80, 256, 256), 1, (4, 2)),
+        (plans.FORWARD, (8, 64, 256, 256), 8, (4, 4)),
+        (plans.FORWARD, (1, 80, 512, 512), 1, (4, 1)),
+        (plans.FORWARD, (1, 160, 512, 512), 1, (4, 2)),
+        (plans.FORWARD, (16, 8, 1024, 1024), 1, (4, 2)),
+        (plans.BACKWARD, (1, 80, 128, 128), 1, (2, 1)),
+        (plans.BACKWARD, (1, 160, 128, 128), 1, (2, 2)),
+        (plans.BACKWARD, (1, 80, 512, 512), 1, (2, 4)),
+        (plans.BACKWARD, (1, 160, 512, 512), 1, (4, 4)),
+    ],
+)
+def test_the_shape_of_a_thread_is_the_one_that_was_fastest_on_an_h100(
+    kernel, size, groups, fastest
+):
+    batch, channels, height, width = size
+    problem = Problem(kernel, torch.bfloat16, batch, height, width, channels, groups, True)
+    variant = plans.make_plan(problem, DEVICES["sm_90"]).variant
+    assert (variant.vector, variant.channels) == fastest
