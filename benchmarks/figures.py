@@ -57,12 +57,15 @@ def unet_figure(axes, results: dict) -> None:
 def layer_figure(axes, results: dict) -> None:
     """Time of one layer against its tokens, for the narrowest width that was measured."""
     channels = min(row["channels"] for row in results["rows"])
+    rows = [row for row in results["rows"] if row["channels"] == channels]
+    on_device = all(row.get("graph_ms") for row in rows)
     series = {}
-    for row in results["rows"]:
-        if row["channels"] == channels:
-            series.setdefault(row["layer"], []).append((row["tokens"], row["ms"]))
+    for row in rows:
+        ms = row["graph_ms"] if on_device else row["ms"]
+        series.setdefault(row["layer"], []).append((row["tokens"], ms))
     _lines(axes, series)
-    _label(axes, f"One self-attention layer, {channels} channels, batch 1, eager", results)
+    how = "from a CUDA graph" if on_device else "eager"
+    _label(axes, f"One self-attention layer, {channels} channels, batch 1, {how}", results)
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds")
 
@@ -83,7 +86,7 @@ def scan_figure(axes, results: dict) -> None:
     axes.text(len(shapes) - 0.5, 98, "a copy", ha="right", va="top", fontsize=8, color="#444444")
     axes.set_xticks(range(len(shapes)), shapes, rotation=25, ha="right", fontsize=8)
     axes.legend(
-        frameon=False, fontsize=8, ncols=len(passes), loc="lower right", bbox_to_anchor=(1, 1)
+        frameon=False, fontsize=8, ncols=len(passes), loc="upper left", bbox_to_anchor=(0, 0.92)
     )
     axes.set_ylim(0, 108)
     copy = results["copy_gb_per_s"]
@@ -334,12 +337,12 @@ def _lines(axes, series: dict[str, list[tuple[float, float]]]) -> None:
     """A logarithmic line per variant, named at its last point."""
     ends = {name: max(points) for name, points in series.items()}
     places = sorted({x for points in series.values() for x, _ in points})
+    shifts = _apart({name: y for name, (x, y) in ends.items() if x == places[-1]})
     for name, points in series.items():
         color, end = COLORS[name], ends[name]
         axes.plot(*zip(*sorted(points), strict=True), color=color, marker="o", markersize=3.5)
-        if end[0] == places[-1]:
-            others = [other for other in ends.values() if other != end]
-            place = {"xytext": (6, 0), "ha": "left", "va": _beside(end, others)}
+        if name in shifts:
+            place = {"xytext": (6, shifts[name]), "ha": "left", "va": "center"}
         else:  # right of the point there are other lines
             place = {"xytext": (0, 6), "ha": "center", "va": "bottom"}
         axes.annotate(
@@ -368,12 +371,19 @@ def _logarithmic(axes, places: Sequence[int]) -> None:
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
 
 
-def _beside(end: tuple[float, float], others: Sequence[tuple[float, float]]) -> str:
-    """Vertical alignment of a line's name: off the middle where another line ends close by."""
-    close = [y for x, y in others if x == end[0] and 0.8 < y / end[1] < 1.25]
-    if not close:
-        return "center"
-    return "bottom" if end[1] > min(close) else "top"
+def _apart(heights: dict[str, float]) -> dict[str, float]:
+    """Points by which each line's name moves up, so that those of close ends do not meet."""
+    clusters: list[list[str]] = []
+    for name in sorted(heights, key=heights.get):
+        if clusters and heights[name] < 1.25 * heights[clusters[-1][-1]]:
+            clusters[-1].append(name)
+        else:
+            clusters.append([name])
+    return {
+        name: 10 * (k - (len(cluster) - 1) / 2)
+        for cluster in clusters
+        for k, name in enumerate(cluster)
+    }
 
 
 def _label(axes, title: str, results: dict) -> None:
