@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_models import awaken
 from tiny_teachers import patched_pipeline, teacher_pipeline, with_text_encoder
 
+from gspn2_diffusers import fuse_gspn2
 from gspn2_diffusers.families import find_denoiser
 from gspn2_diffusers.pipelines import highres as module
 from gspn2_diffusers.pipelines import running
@@ -78,6 +79,14 @@ def test_softmax_attention_draws_the_first_stage_and_gspn2_the_others():
     assert torch.equal(first, draw(plain, stages=STAGES[:1]))
     assert not torch.equal(first, draw(pipe, stages=STAGES[:1], softmax_base=False))
     assert not torch.equal(draw(pipe, stages=STAGES[:2]), draw(plain, stages=STAGES[:2]))
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart"])
+def test_fused_blocks_draw_the_same_picture(family):
+    pipe = highres(family)
+    expected = draw(pipe, softmax_base=False)
+    fuse_gspn2(pipe.denoiser)
+    torch.testing.assert_close(draw(pipe, softmax_base=False), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_a_seed_gives_the_same_picture_alone_and_in_a_batch():

@@ -16,7 +16,7 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gspn2_diffusers import GSPN2Config, apply_gspn2, gspn2_sites
+from gspn2_diffusers import GSPN2Config, apply_gspn2, fuse_gspn2, gspn2_sites
 from gspn2_diffusers.kernels.dense import relative_error
 from gspn2_diffusers.pipelines import strips
 from gspn2_diffusers.pipelines.lean import DeepFeatures, LeanOptions, LeanUNet, Parked
@@ -45,7 +45,7 @@ LAYOUTS = {
 LIMITS = (40_000, 4_000, 1)  # of these tiny layers: some fit, none fit, one row at a time
 
 
-def build(layout="sd", patched=False, dtype=torch.float64):
+def build(layout="sd", patched=False, dtype=torch.float64, fused=False):
     torch.manual_seed(0)
     unet = LAYOUTS[layout]()
     for module in unet.modules():  # fresh affine parameters are ones and zeros
@@ -54,6 +54,8 @@ def build(layout="sd", patched=False, dtype=torch.float64):
             torch.nn.init.normal_(module.bias)
     if patched:
         awaken(apply_gspn2(unet, GSPN2Config()))
+    if fused:
+        fuse_gspn2(unet)
     return unet.to(dtype).eval()
 
 
@@ -84,10 +86,10 @@ def lean(unet, given, limit, **options):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (13, 9), (6, 21)], ids=str)
-@pytest.mark.parametrize("patched", [False, True], ids=["attention", "gspn2"])
+@pytest.mark.parametrize("kind", ["attention", "gspn2", "fused"])
 @pytest.mark.parametrize("layout", ["sd", "sdxl"])
-def test_a_pass_in_pieces_equals_the_plain_pass(layout, patched, size):
-    unet = build(layout, patched)
+def test_a_pass_in_pieces_equals_the_plain_pass(layout, kind, size):
+    unet = build(layout, kind != "attention", fused=kind == "fused")
     given = inputs(unet, 2, *size)
     expected = plain(unet, given)
     for limit in LIMITS:
