@@ -1,4 +1,4 @@
-"""Fewer launches for inference: layers of a block that can be computed together become one."""
+"""Faster inference: the layers of a block rearranged for fewer passes over memory."""
 
 from typing import TypeVar
 
