@@ -49,8 +49,7 @@ def scan_lines_now(rows, columns, *sizes) -> Tensor:
 
 def scan_lines_backward_cuda(grad_y, rows, columns, hidden, *sizes):
     """Gradients of rows and columns."""
-    sizes = Sizes(len(rows), *sizes)
-    lines = rows.contiguous(), columns.contiguous()
+    sizes, lines = Sizes(len(rows), *sizes), (rows, columns)
     if not hidden.numel():
         _, hidden = launch.run_forward(lines, sizes, result=False, hidden=True)
     *grad_lines, _ = launch.pack(grad_y.contiguous(), None, sizes)

@@ -167,7 +167,9 @@ def _readable(lines: Tensor) -> Tensor:
     *outer, row, position = lines.stride()
     fits = position == 1 and not any(stride % vector for stride in (*outer, row))
     small = row * lines.shape[2] * lines.element_size() < 2**31
-    return lines if fits and small and not lines.data_ptr() % VECTOR_BYTES else lines.contiguous()
+    if fits and small and not lines.data_ptr() % VECTOR_BYTES:
+        return lines
+    return lines.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=1024)
@@ -179,8 +181,9 @@ def _workspace_size(sizes: Sizes, itemsize: int) -> int:
 def run_backward(
     lines: Sequence[Tensor], grad_y: Sequence[Tensor], hidden: Tensor, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `lines`, by axis, which are contiguous; `grad_y` is that of y in lines of P
-    rows, `hidden` h from :func:`run_forward`."""
+    """The gradients of `lines`, by axis; `grad_y` is that of y in lines of P rows, `hidden` h from
+    :func:`run_forward`."""
+    lines = [_readable(tensor.contiguous()) for tensor in lines]
     like = lines[0]
     device, dtype = like.device, like.dtype
     plan = plan_for(BACKWARD, sizes, dtype, device.index)

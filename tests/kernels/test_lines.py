@@ -5,7 +5,7 @@ import torch
 from scan_cases import Case
 from tolerances import assert_close
 
-from gspn2_diffusers.kernels import gspn2_scan, gspn2_scan_lines
+from gspn2_diffusers.kernels import gspn2_scan, gspn2_scan_lines, launch
 from gspn2_diffusers.kernels.layout import LineLayout, pad
 from gspn2_diffusers.kernels.lines import pack_maps, split_lines
 
@@ -56,6 +56,25 @@ def test_lines_may_have_any_strides():
     y = gspn2_scan_lines(rows, columns, GRID, **options)
     turned = columns.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
     assert torch.equal(gspn2_scan_lines(rows, turned, GRID, **options), y)
+
+
+@pytest.mark.parametrize(
+    "lines, copied",
+    [
+        (torch.randn(2, 5, 60, 8).half(), False),
+        (torch.randn(2, 8, 60, 8).half()[:, 1:6], False),
+        (torch.randn(8, 60, 2, 8).half().permute(2, 0, 1, 3), False),
+        (torch.randn(2 * 5 * 60 * 8 + 1).half()[1:].view(2, 5, 60, 8), True),  # not at 16 bytes
+        (torch.randn(2, 5, 60, 12).half()[..., :8], True),  # rows are not
+        (torch.randn(2, 5, 8, 60).half().mT, True),  # positions apart
+    ],
+)
+def test_the_kernels_read_lines_where_they_are_if_vectors_are_aligned(lines, copied):
+    read = launch._readable(lines)
+    assert torch.equal(read, lines)
+    assert (read is not lines) == copied
+    assert not read.data_ptr() % 16 and read.stride(-1) == 1
+    assert not any(stride % 8 for stride in read.stride()[:-1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
