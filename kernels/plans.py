@@ -21,6 +21,7 @@ CHANNELS = (4, 2, 1)  # of a thread
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
 WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
 STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips, 4 positions
+LIGHT_WARPS, LIGHT_THREADS = 10, 128  # of a multiprocessor, a block: a scan of short lines so small
 BUSY_WARPS = {  # of a multiprocessor, by positions of a thread: what more would bring is lost
     FORWARD: {2: 15, 4: 18, 8: 18},
     BACKWARD: {2: 10, 4: 64, 8: 64},
@@ -212,15 +213,20 @@ def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
 
     The order and the numbers are those that timing every plan on an H100 suggested. Where lines are
     short, or there is a gradient, threads with many channels do the least work, if there are still
-    four warps to a multiprocessor; in strips, few positions are then best. Long lines go forward
-    best with as many warps as a multiprocessor has use for, in one wave of blocks. Where even the
-    fewest are more than that, two channels to a thread are best, unless the blocks of the last wave
-    leave most of the device idle.
+    four warps to a multiprocessor; in strips, few positions are then best. A small scan of short
+    lines needs all the warps it can have. Long lines go forward best with as many warps as a
+    multiprocessor has use for, in one wave of blocks. Where even the fewest are more than that, two
+    channels to a thread are best, unless the blocks of the last wave leave most of the device idle.
     """
     variant, processors = plan.variant, device.processors
     warps = plan.blocks * plan.threads // WARP
     missing = max(0, 4 * processors - warps)
     if not variant.strips:
+        work = variant.vector * variant.channels
+        # All the warps there can be, with the least work to each.
+        few = problem.kernel == FORWARD and warps * work <= 2 * LIGHT_WARPS * processors
+        if few:
+            return work, abs(plan.threads - LIGHT_THREADS)
         return missing, warps, 2 * plan.blocks < processors, -plan.party
     last_resort = variant.vector == 8
     crowded = warps > BUSY_WARPS[problem.kernel][variant.vector] * processors

@@ -95,6 +95,11 @@ def test_the_layers_of_sdxl_never_run_the_slow_kernels():
 @pytest.mark.parametrize(
     "kernel, size, groups, fastest",
     [
+        (plans.FORWARD, (1, 160, 32, 32), 1, (2, 1)),
+        (plans.FORWARD, (1, 80, 64, 64), 1, (2, 1)),
+        (plans.FORWARD, (2, 160, 64, 64), 1, (2, 1)),
+        (plans.FORWARD, (8, 160, 64, 64), 1, (4, 4)),
+        (plans.FORWARD, (1, 1152, 64, 64), 144, (4, 4)),
         (plans.FORWARD, (1, 80, 128, 128), 1, (2, 1)),
         (plans.FORWARD, (1, 160, 128, 128), 1, (2, 1)),
         (plans.FORWARD, (2, 160, 128, 128), 1, (2, 2)),
