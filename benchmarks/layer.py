@@ -25,7 +25,7 @@ from gspn2_diffusers import GSPN2Block, GSPN2Config
 from gspn2_diffusers.attention import PATCHED_CLASSES
 from gspn2_diffusers.fuse import fuse_block
 
-FUSED = "gspn2, fused"
+GSPN2_LAYERS = ("gspn2", "gspn2, fused")
 HEAD_DIM = 64
 CHECKED_GRID = (12, 20)
 LAYER_ROUNDINGS = 4  # results that a layer rounds one after the other
@@ -79,7 +79,6 @@ def softmax_layer(channels: int) -> Attention:
 
 def gspn2_layer(attention: Attention, config: GSPN2Config) -> Attention:
     """A copy of `attention`, patched as `apply_gspn2` would, with random gates."""
-    torch.manual_seed(0)
     layer = copy.deepcopy(attention)
     layer.gspn2 = GSPN2Block(layer.query_dim, config)
     nn.init.normal_(layer.gspn2.to_params.weight, std=0.02)
@@ -88,7 +87,8 @@ def gspn2_layer(attention: Attention, config: GSPN2Config) -> Attention:
 
 
 def fused(layer: Attention) -> Attention:
-    """The same layer after what `fuse_gspn2` does to a model."""
+    """A copy of `layer` after what `fuse_gspn2` does to a model."""
+    layer = copy.deepcopy(layer)
     fuse_block(layer.gspn2)
     return layer
 
@@ -99,10 +99,11 @@ def build_layers(
     """The layers that are compared, by name."""
     torch.manual_seed(0)
     attention = softmax_layer(channels)
+    patched = gspn2_layer(attention, config)
     layers = {
         "softmax": attention,
-        "gspn2": gspn2_layer(attention, config),
-        FUSED: fused(gspn2_layer(attention, config)),
+        "gspn2": patched,
+        "gspn2, fused": fused(patched),
         "linear attention": LinearAttention(channels),
         "one linear map": nn.Linear(channels, channels),
     }
@@ -113,7 +114,7 @@ def build_layers(
 
 def run_on(name: str, layer: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """One call of a layer; only GSPN-2 has to know the grid."""
-    return layer(tokens, grid=grid) if name in ("gspn2", FUSED) else layer(tokens)
+    return layer(tokens, grid=grid) if name in GSPN2_LAYERS else layer(tokens)
 
 
 def check_layers(layers: dict[str, nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -178,7 +179,7 @@ def measure(
             "layer": name,
             "ms": timer.in_turn_ms(runs),
             "graph_ms": timer.in_turn_ms(runs, graph=True) if _on_cuda(timer) else None,
-            "goal_ms": GOALS_MS.get((channels, count)) if name in ("gspn2", FUSED) else None,
+            "goal_ms": GOALS_MS.get((channels, count)) if name in GSPN2_LAYERS else None,
             "peak_extra_mib": peak.extra,
             "input_sets": sets,
         }

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from . import launch
 from .launch import Sizes
+from .lines import SIZES
 
 NAMESPACE = "gspn2_diffusers"
-SIZES = (  # chunk_size 0 scans the whole map, a native size of 0 leaves lam as it is
-    "SymInt height, SymInt width, SymInt channels, SymInt groups, SymInt chunk_size, bool skip, "
-    "SymInt native_height, SymInt native_width"
-)
 SCHEMAS = (
     f"scan_lines(Tensor rows, Tensor columns, {SIZES}, bool store_hidden) -> (Tensor, Tensor)",
     "scan_lines_backward(Tensor grad_y, Tensor rows, Tensor columns, Tensor hidden, "

@@ -25,13 +25,14 @@ class Maps(NamedTuple):
     skip: Tensor | None
 
 
-def forward(inputs: Maps, chunk_size: int | None, native_grid: tuple[int, int] = (0, 0)) -> Tensor:
+def forward(inputs: Maps, chunk_size: int, *native_grid: int) -> Tensor:
     """y ``[B, P, H, W]``, channels last in memory, in the dtype of x.
 
-    `native_grid` (0, 0) leaves lam as it is.
+    A `chunk_size` of 0 scans the whole map, a native size of 0 leaves lam as it is.
     """
     # To scale lam is to scale h, and h is scaled where it is read.
     x, scales = _accumulable(inputs.x), _scales(inputs.x, native_grid)
+    chunk_size = chunk_size or None
     y = torch.zeros_like(x)
     if inputs.skip is not None:
         for skip in inputs.skip.unbind(1):
@@ -46,14 +47,11 @@ def forward(inputs: Maps, chunk_size: int | None, native_grid: tuple[int, int] =
 
 
 def backward(
-    grad_y: Tensor,
-    inputs: Maps,
-    grads: Maps,
-    chunk_size: int | None,
-    native_grid: tuple[int, int] = (0, 0),
+    grad_y: Tensor, inputs: Maps, grads: Maps, chunk_size: int, *native_grid: int
 ) -> None:
     """Write the gradients of all inputs into `grads`. The hidden state is computed again."""
     x, grad_y, scales = *map(_accumulable, (inputs.x, grad_y)), _scales(inputs.x, native_grid)
+    chunk_size = chunk_size or None
     grad_x = torch.zeros_like(x)
     if inputs.skip is not None:
         for skip, grad_skip in zip(inputs.skip.unbind(1), grads.skip.unbind(1), strict=True):

@@ -6,6 +6,13 @@ from torch import Tensor
 
 from .layout import LineLayout, pad
 
+# What operators of lines take beside rows and columns, as torch.library writes it: a chunk_size of
+# 0 scans the whole map, a native size of 0 leaves lam as it is.
+SIZES = (
+    "SymInt height, SymInt width, SymInt channels, SymInt groups, SymInt chunk_size, bool skip, "
+    "SymInt native_height, SymInt native_width"
+)
+
 
 def pack_maps(
     x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, skip: Tensor | None

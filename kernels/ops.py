@@ -10,12 +10,7 @@ from .backends import resolve_backend
 from .cuda_scan import scan_lines_now, scan_tokens_now
 from .layout import LineLayout, TokenLayout, pad
 from .lines import pack_maps
-from .reference import (
-    DIRECTIONS,
-    scan_lines_reference,
-    scan_reference,
-    scan_tokens_reference,
-)
+from .reference import DIRECTIONS, scan_lines_reference, scan_reference, scan_tokens_reference
 
 AS_IT_IS = (0, 0)  # native grid of a scan that leaves lam alone
 
@@ -112,7 +107,7 @@ def gspn2_scan_tokens(
     height, width = grid
     _check_tokens(x, params, height, width, groups)
     chunk_size, native_grid = _check_options(chunk_size, native_grid)
-    dtype = x.dtype if x.dtype == params.dtype else _common_dtype([x, params])
+    dtype = _common_dtype([x, params])
     if resolve_backend(backend, x, dtype) == "torch":
         sizes = height, width, groups, chunk_size, *native_grid
         return scan_tokens_reference(x, params, *sizes)

@@ -7,12 +7,14 @@ operator spares the backward pass a copy of their gradient, the largest tensor t
 A chunk_size of 0 scans the whole map, a native size of 0 leaves lam as it is.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .directions import DIRECTIONS, Maps, backward, forward
 from .layout import LineLayout, TokenLayout
-from .lines import pack_maps, split_lines
+from .lines import SIZES, pack_maps, split_lines
 
 __all__ = ["DIRECTIONS", "scan_lines_reference", "scan_reference", "scan_tokens_reference"]
 
@@ -35,7 +37,7 @@ def scan_reference(
 
     The result is channels last in memory.
     """
-    return forward(Maps(x, logits, lam, u, skip), chunk_size or None, (native_height, native_width))
+    return forward(Maps(x, logits, lam, u, skip), chunk_size, native_height, native_width)
 
 
 @torch.library.custom_op("gspn2_diffusers::torch_scan_backward", mutates_args=())
@@ -53,7 +55,7 @@ def scan_reference_backward(
     """Gradients of x, logits, lam, u and skip; the last is empty if skip is None."""
     inputs = Maps(x, logits, lam, u, skip)
     grads = Maps(*_empty_gradients(inputs))
-    backward(grad_y, inputs, grads, chunk_size or None, (native_height, native_width))
+    backward(grad_y, inputs, grads, chunk_size, native_height, native_width)
     return tuple(grads)
 
 
@@ -93,43 +95,34 @@ scan_reference.register_autograd(_gradient, setup_context=_setup)
 
 # ---- tokens
 
+TOKEN_SIZES = (
+    "SymInt height, SymInt width, SymInt groups, SymInt chunk_size, "
+    "SymInt native_height, SymInt native_width"
+)
 
-@torch.library.custom_op("gspn2_diffusers::torch_scan_tokens", mutates_args=())
-def scan_tokens_reference(
-    x: Tensor,
-    params: Tensor,
-    height: int,
-    width: int,
-    groups: int,
-    chunk_size: int,
-    native_height: int,
-    native_width: int,
-) -> Tensor:
+
+@torch.library.custom_op(
+    "gspn2_diffusers::torch_scan_tokens",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor params, {TOKEN_SIZES}) -> Tensor",
+)
+def scan_tokens_reference(x, params, height, width, groups, *options):
     """As :func:`gspn2_diffusers.kernels.gspn2_scan_tokens`, without checks."""
-    maps = _maps(x, params, height, width, groups)
-    y = forward(maps, chunk_size or None, (native_height, native_width))
-    return y.movedim(1, -1).flatten(1, 2)
+    return _tokens(forward(_maps(x, params, height, width, groups), *options))
 
 
-@torch.library.custom_op("gspn2_diffusers::torch_scan_tokens_backward", mutates_args=())
-def scan_tokens_reference_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    params: Tensor,
-    height: int,
-    width: int,
-    groups: int,
-    chunk_size: int,
-    native_height: int,
-    native_width: int,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "gspn2_diffusers::torch_scan_tokens_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor x, Tensor params, {TOKEN_SIZES}) -> (Tensor, Tensor)",
+)
+def scan_tokens_reference_backward(grad_y, x, params, height, width, groups, *options):
     """Gradients of x and params; columns that nobody reads have gradient zero."""
     grad_x, grad_params = x.new_empty(x.shape), params.new_empty(params.shape)
     grad_params[..., TokenLayout(x.shape[-1], groups).gates :].zero_()
     inputs = _maps(x, params, height, width, groups)
     grads = _maps(grad_x, grad_params, height, width, groups)
-    native_grid = native_height, native_width
-    backward(_map(grad_y, height, width), inputs, grads, chunk_size or None, native_grid)
+    backward(_map(grad_y, height, width), inputs, grads, *options)
     return grad_x, grad_params
 
 
@@ -143,70 +136,41 @@ def _map(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.movedim(1, -1).unflatten(-1, (height, width))
 
 
+def _tokens(image: Tensor) -> Tensor:
+    return image.movedim(1, -1).flatten(1, 2)
+
+
 @scan_tokens_reference.register_fake
 def _(x, params, *sizes):
     return x.new_empty(x.shape)
 
 
-@scan_tokens_reference_backward.register_fake
-def _(grad_y, x, params, *sizes):
-    return x.new_empty(x.shape), params.new_empty(params.shape)
-
-
-def _setup_pair(ctx, inputs, output):
-    first, second, *ctx.sizes = inputs
-    ctx.save_for_backward(first, second)
-
-
-def _gradient_tokens(ctx, grad_y):
-    grads = scan_tokens_reference_backward(grad_y, *ctx.saved_tensors, *ctx.sizes)
-    return *grads, *(None for _ in ctx.sizes)
-
-
-scan_tokens_reference.register_autograd(_gradient_tokens, setup_context=_setup_pair)
-
-
 # ---- lines
 
 
-@torch.library.custom_op("gspn2_diffusers::torch_scan_lines", mutates_args=())
-def scan_lines_reference(
-    rows: Tensor,
-    columns: Tensor,
-    height: int,
-    width: int,
-    channels: int,
-    groups: int,
-    chunk_size: int,
-    skip: bool,
-    native_height: int,
-    native_width: int,
-) -> Tensor:
+@torch.library.custom_op(
+    "gspn2_diffusers::torch_scan_lines",
+    mutates_args=(),
+    schema=f"(Tensor rows, Tensor columns, {SIZES}) -> Tensor",
+)
+def scan_lines_reference(rows, columns, height, width, channels, groups, chunk_size, skip, *native):
     """As :func:`gspn2_diffusers.kernels.gspn2_scan_lines`, without checks."""
     maps = _maps_of_lines(rows, columns, height, width, LineLayout(channels, groups, skip))
-    y = forward(maps, chunk_size or None, (native_height, native_width))
-    return y.movedim(1, -1).flatten(1, 2)
+    return _tokens(forward(maps, chunk_size, *native))
 
 
-@torch.library.custom_op("gspn2_diffusers::torch_scan_lines_backward", mutates_args=())
+@torch.library.custom_op(
+    "gspn2_diffusers::torch_scan_lines_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor rows, Tensor columns, {SIZES}) -> (Tensor, Tensor)",
+)
 def scan_lines_reference_backward(
-    grad_y: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    height: int,
-    width: int,
-    channels: int,
-    groups: int,
-    chunk_size: int,
-    skip: bool,
-    native_height: int,
-    native_width: int,
-) -> tuple[Tensor, Tensor]:
+    grad_y, rows, columns, height, width, channels, groups, chunk_size, skip, *native
+):
     """Gradients of rows and columns; that of x is all in those of the rows."""
     inputs = _maps_of_lines(rows, columns, height, width, LineLayout(channels, groups, skip))
     grads = Maps(*(None if t is None else torch.empty_like(t) for t in inputs))
-    native_grid = native_height, native_width
-    backward(_map(grad_y, height, width), inputs, grads, chunk_size or None, native_grid)
+    backward(_map(grad_y, height, width), inputs, grads, chunk_size, *native)
     grad_rows, grad_columns = pack_maps(*grads)
     grad_columns[:, :, :channels].zero_()
     return grad_rows, grad_columns
@@ -222,14 +186,26 @@ def _(rows, columns, height, width, channels, *sizes):
     return rows.new_empty((rows.shape[0], height * width, channels))
 
 
-@scan_lines_reference_backward.register_fake
-def _(grad_y, rows, columns, *sizes):
-    return rows.new_empty(rows.shape), columns.new_empty(columns.shape)
+# ---- gradients of both
 
 
-def _gradient_lines(ctx, grad_y):
-    grads = scan_lines_reference_backward(grad_y, *ctx.saved_tensors, *ctx.sizes)
-    return *grads, *(None for _ in ctx.sizes)
+def _register_gradient(operator: Callable, gradient: Callable) -> None:
+    """Autograd for an operator of two tensors and sizes, whose `gradient` takes grad_y before."""
+
+    def setup(ctx, inputs, output):
+        first, second, *ctx.sizes = inputs
+        ctx.save_for_backward(first, second)
+
+    def differentiate(ctx, grad_y):
+        grads = gradient(grad_y, *ctx.saved_tensors, *ctx.sizes)
+        return *grads, *(None for _ in ctx.sizes)
+
+    def fake(grad_y, first, second, *sizes):
+        return first.new_empty(first.shape), second.new_empty(second.shape)
+
+    gradient.register_fake(fake)
+    operator.register_autograd(differentiate, setup_context=setup)
 
 
-scan_lines_reference.register_autograd(_gradient_lines, setup_context=_setup_pair)
+_register_gradient(scan_tokens_reference, scan_tokens_reference_backward)
+_register_gradient(scan_lines_reference, scan_lines_reference_backward)

@@ -281,11 +281,14 @@ def test_lines_may_lie_apart_and_in_any_order(dtype, grid, device, poisoned):
     unaligned[..., 1:] = rows
     exact = case.reference(inputs).flatten(2).transpose(1, 2)
     options = {"proxy_dim": 6, "groups": 3, "backend": "cuda"}
+
+    def scan(*lines):
+        leaves = [t.detach().requires_grad_() for t in lines]
+        y = gspn2_scan_lines(*leaves, grid, **options)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    together = scan(rows, columns.contiguous())
     for some in (rows, larger[:, 1:-2], unaligned[..., 1:]):
         check("result", gspn2_scan_lines(some, columns, grid, **options), exact, case)
-        leaves = [some.detach().requires_grad_(), columns.detach().requires_grad_()]
-        y = gspn2_scan_lines(*leaves, grid, **options)
-        again = gspn2_scan_lines(rows, columns.contiguous(), grid, **options)
-        assert torch.equal(y, again)
-        for grad in torch.autograd.grad(y.sum(), leaves):
-            assert torch.isfinite(grad).all()
+        for mine, expected in zip(scan(some, columns), together, strict=True):
+            assert torch.isfinite(mine).all() and torch.equal(mine, expected)

@@ -218,26 +218,34 @@ def test_attention_of_any_number_of_dimensions_has_the_shape_of_the_query(shape)
     assert shapes == [query.shape]
 
 
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """The very code that runs on CUDA, but for the launch of its kernels."""
+    monkeypatch.setattr(launch, "launch", lambda *_: None)
+    monkeypatch.setattr(launch, "_readable", lambda lines: lines)  # they have no addresses
+    monkeypatch.setattr(launch.Device, "of", lambda _: SCAN_DEVICE)
+    launch._plan.cache_clear()
+    yield
+    launch._plan.cache_clear()
+
+
+def check_allocations(real, predicted):
+    assert predicted.kept_bytes == real.kept_bytes
+    slack = 6 * 512  # six tensors, each rounded up, and the counters of the blocks
+    assert real.peak_bytes - slack <= predicted.peak_bytes <= real.peak_bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height, width, groups", [(5, 9, 1), (64, 48, 4), (3, 5000, 1)])
-def test_a_scan_takes_what_the_cuda_path_allocates(monkeypatch, dtype, height, width, groups):
+def test_a_scan_takes_what_the_cuda_path_allocates(unlaunched, dtype, height, width, groups):
     proxy_dim = 8
     layout = TokenLayout(proxy_dim, groups)
     x = meta(1, height * width, proxy_dim, dtype=dtype)
     params = meta(1, height * width, layout.width, dtype=dtype)
-    # The very code that runs on CUDA, but for the launch of its kernels.
-    monkeypatch.setattr(launch, "launch", lambda *_: None)
-    monkeypatch.setattr(launch.Device, "of", lambda _: SCAN_DEVICE)
-    launch._plan.cache_clear()
-    sizes = height, width, groups, 0, (0, 0)
-    real = trace(lambda: cuda_scan.scan_tokens_now(x, params, *sizes))
-    launch._plan.cache_clear()
-
+    sizes = height, width, groups, 0
+    real = trace(lambda: cuda_scan.scan_tokens_now(x, params, *sizes, (0, 0)))
     scan = torch.ops.gspn2_diffusers.torch_scan_tokens
-    predicted = trace(lambda: scan(x, params, height, width, groups, 0, 0, 0))
-    assert predicted.kept_bytes == real.kept_bytes
-    slack = 6 * 512  # six tensors, each rounded up, and the counters of the blocks
-    assert real.peak_bytes - slack <= predicted.peak_bytes <= real.peak_bytes
+    check_allocations(real, trace(lambda: scan(x, params, *sizes, 0, 0)))
 
 
 def test_a_scan_is_two_launches_and_waits_for_its_lines():
@@ -250,23 +258,14 @@ def test_a_scan_is_two_launches_and_waits_for_its_lines():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height, width", [(5, 9), (64, 48), (3, 5000)])
-def test_a_scan_of_lines_takes_what_the_cuda_path_allocates(monkeypatch, dtype, height, width):
+def test_a_scan_of_lines_takes_what_the_cuda_path_allocates(unlaunched, dtype, height, width):
     layout = LineLayout(8, 1, True)
     rows = meta(1, height, layout.rows, pad(width, dtype.itemsize), dtype=dtype)
     columns = meta(1, width, layout.rows, pad(height, dtype.itemsize), dtype=dtype)
-    monkeypatch.setattr(launch, "launch", lambda *_: None)
-    monkeypatch.setattr(launch, "_readable", lambda lines: lines)  # they have no addresses
-    monkeypatch.setattr(launch.Device, "of", lambda _: SCAN_DEVICE)
-    launch._plan.cache_clear()
     sizes = height, width, 8, 1, 0, True, 0, 0
     real = trace(lambda: cuda_scan.scan_lines_now(rows, columns, *sizes))
-    launch._plan.cache_clear()
-
     scan = torch.ops.gspn2_diffusers.torch_scan_lines
-    predicted = trace(lambda: scan(rows, columns, *sizes))
-    assert predicted.kept_bytes == real.kept_bytes
-    slack = 6 * 512  # as above
-    assert real.peak_bytes - slack <= predicted.peak_bytes <= real.peak_bytes
+    check_allocations(real, trace(lambda: scan(rows, columns, *sizes)))
 
 
 def test_a_fused_block_writes_lines_and_packs_nothing():
