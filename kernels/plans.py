@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import product
+from math import inf
 
 import torch
 
@@ -24,7 +25,7 @@ STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips
 LIGHT_WARPS, LIGHT_THREADS = 10, 128  # of a multiprocessor, a block: a scan of short lines so small
 BUSY_WARPS = {  # of a multiprocessor, by positions of a thread: what more would bring is lost
     FORWARD: {2: 15, 4: 18, 8: 18},
-    BACKWARD: {2: 10, 4: 64, 8: 64},
+    BACKWARD: {2: 10, 4: inf, 8: inf},
 }
 LARGEST_PARTY = 16
 TILE_BYTES = 4 * max(party * side * (side + 1) for party, side in ((1, 64), (4, 32), (16, 16)))

@@ -92,6 +92,16 @@ def test_the_layers_of_sdxl_never_run_the_slow_kernels():
                 assert plans.make_plan(problem, device).variant.stages
 
 
+@pytest.mark.parametrize("batch", [1, 4, 16, 64, 256])
+def test_gradients_take_two_positions_to_a_thread_only_while_warps_are_few(batch):
+    device = DEVICES["sm_90"]
+    problem = Problem(plans.BACKWARD, torch.bfloat16, batch, 128, 128, 160, 1, True)
+    plan = plans.make_plan(problem, device)
+    warps = plan.blocks * plan.threads / 32 / device.processors
+    assert (plan.variant.vector == 2) == (batch == 1)
+    assert plan.variant.vector == 4 or warps <= 10
+
+
 @pytest.mark.parametrize(
     "kernel, size, groups, fastest",
     [
