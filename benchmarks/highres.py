@@ -42,9 +42,10 @@ from sdxl import build_sdxl_pipeline
 from torch import Tensor, nn
 from unet import image_size
 
-from gspn2_diffusers import GSPN2Config, softmax_attention
+from gspn2_diffusers import GSPN2Config, fuse_gspn2, softmax_attention
 from gspn2_diffusers.conditioning import native_resolution
 from gspn2_diffusers.hardware import prefer_growing_memory, synchronize
+from gspn2_diffusers.kernels.backends import why_not_cuda
 from gspn2_diffusers.pipelines import running
 from gspn2_diffusers.pipelines.cascade import Stage
 from gspn2_diffusers.pipelines.generation import seeded
@@ -324,11 +325,13 @@ def run_speed(
 def build_pipeline(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """The patched pipeline that ``--model`` names."""
+    """The patched pipeline that ``--model`` names, its blocks fused where ``gspn2 highres`` would."""
     if args.model == "tiny":
-        return load_pipeline(args.teacher, weights=args.weights, dtype=dtype, device=device)
+        names = {"weights": args.weights, "dtype": dtype, "device": device}
+        return load_pipeline(args.teacher, **names, fuse=True)
     config = GSPN2Config(proxy_ratio=args.proxy_ratio, parameters_from=args.parameters_from)
-    return build_sdxl_pipeline(device, dtype, config)
+    pipe = build_sdxl_pipeline(device, dtype, config)
+    return fuse_gspn2(pipe) if why_not_cuda(device, dtype) is None else pipe
 
 
 def make_cheaper(args: argparse.Namespace, denoiser: nn.Module) -> None:
