@@ -325,7 +325,7 @@ def run_speed(
 def build_pipeline(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> DiffusionPipeline:
-    """The patched pipeline that ``--model`` names, its blocks fused where ``gspn2 highres`` would."""
+    """The patched pipeline that ``--model`` names, fused where ``gspn2 highres`` would fuse it."""
     if args.model == "tiny":
         names = {"weights": args.weights, "dtype": dtype, "device": device}
         return load_pipeline(args.teacher, **names, fuse=True)

@@ -9,6 +9,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import TAPS, VECTOR_BYTES, LineLayout, TokenLayout, pad
-from .plans import BACKWARD, FORWARD, Device, Plan, Problem, make_plan
+from .plans import BACKWARD, FORWARD, READY_TAPS, Device, Plan, Problem, make_plan
 
 SOURCE = "\n".join(
     Path(__file__).with_name(name).read_text()
@@ -24,6 +25,7 @@ SOURCE = "\n".join(
 )
 OPTIONS = ("--std=c++17",)
 PACK_THREADS, TILE_POSITIONS = 256, 64
+QUADS, QUAD = 256, 4  # threads, of four positions each, before and after a scan
 PACK_SHARED_BYTES = 64 * 33 * 4
 
 _lock = threading.Lock()
@@ -52,6 +54,11 @@ class Sizes(NamedTuple):
     def rows(self) -> int:
         """Of a line of the inputs."""
         return LineLayout(self.channels, self.groups, self.skip).rows
+
+    @property
+    def ready_rows(self) -> int:
+        """Of a line of the weights that are made ready before a scan."""
+        return READY_TAPS * self.groups
 
     def lines_shape(self, axis: int, rows: int, itemsize: int) -> tuple[int, int, int, int]:
         """``[B, lines, rows, padded]`` of the rows (axis 0) or the columns (1) of the map."""
@@ -146,17 +153,23 @@ def run_forward(
     lines = [_readable(tensor) for tensor in lines]
     device, dtype = lines[0].device, lines[0].dtype
     plan = plan_for(FORWARD, sizes, dtype, device.index)
-    count = _workspace_size(sizes, dtype.itemsize)
-    y = partial = h = None
+    count = _workspace_size(sizes.channels, sizes, dtype.itemsize)
+    y = partial = h = weights = None
     if result:
         y = allocate((sizes.batch, sizes.tokens, sizes.channels), dtype, device)
         partial = allocate((count,), dtype, device)
-        if arrivals is None:
-            arrivals = _zero_counters(plan, device)
     if hidden:
         h = allocate((count,), torch.float32, device)
+    if plan.variant.ready:
+        count = _workspace_size(sizes.ready_rows, sizes, dtype.itemsize)
+        weights = allocate((count,), torch.float32, device)
+        if arrivals is None:
+            arrivals = allocate((plan.counters,), torch.int32, device)
+    elif result and arrivals is None:
+        arrivals = _zero_counters(plan, device)
     buffers = _line_buffers(plan, 2, sizes, dtype, device)
-    _run(plan, lines, None, None, (y, partial, h, None, arrivals, buffers), sizes, device)
+    outputs = (y, partial, h, weights, None, arrivals, buffers)
+    _run(plan, lines, None, None, outputs, sizes, device)
     return y, h
 
 
@@ -173,9 +186,8 @@ def _readable(lines: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _workspace_size(sizes: Sizes, itemsize: int) -> int:
-    """Elements of a partial result, or of h, of every direction."""
-    return sizes.workspace_size(sizes.channels, itemsize)
+def _workspace_size(rows: int, sizes: Sizes, itemsize: int) -> int:
+    return sizes.workspace_size(rows, itemsize)
 
 
 def run_backward(
@@ -188,17 +200,16 @@ def run_backward(
     device, dtype = like.device, like.dtype
     plan = plan_for(BACKWARD, sizes, dtype, device.index)
     grads = tuple(allocate(tuple(t.shape), dtype, device) for t in lines)
-    partial = allocate((_workspace_size(sizes, dtype.itemsize),), dtype, device)
+    count = _workspace_size(sizes.channels, sizes, dtype.itemsize)
+    partial = allocate((count,), dtype, device)
     parts = _parts(plan, sizes)
     shares = None
     if parts > 1:
         count = sizes.workspace_size(TAPS * sizes.groups, dtype.itemsize)
         shares = allocate((parts, count), torch.float32, device)
     arrivals, buffers = _zero_counters(plan, device), _line_buffers(plan, 6, sizes, dtype, device)
-    outputs = (None, partial, hidden, shares, arrivals, buffers)
+    outputs = (None, partial, hidden, None, shares, arrivals, buffers)
     _run(plan, lines, grad_y, grads, outputs, sizes, device)
-    if shares is not None:
-        _add_up(shares.sum(0), grads, sizes)
     return grads
 
 
@@ -213,15 +224,31 @@ def _plan(kernel: str, shape: tuple[int, ...], skip: bool, dtype: torch.dtype, i
 
 
 def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
+    """A scan, with what comes before or after it."""
     arguments = []
     for pair in (lines, grad_y, grads):
         for tensor in pair or (None, None):
             strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
             arguments += (_address(tensor), *strides)
+    parts, variant = _parts(plan, sizes), plan.variant
     arguments += map(_address, outputs)
-    arguments += (*sizes, plan.party, plan.lanes)
-    name = plan.variant.name
-    launch(name, plan.blocks, plan.threads, plan.shared_bytes, arguments, device)
+    arguments += (*sizes, parts, plan.party, plan.lanes)
+
+    def beside(kernel: str, rows: int) -> None:
+        blocks = _blocks_of_quads(rows, plan.counters, sizes, lines[0].element_size())
+        launch(f"{kernel}<{variant.number_format}>", blocks, QUADS, 0, arguments, device)
+
+    if variant.ready:
+        beside("ready_weights", sizes.groups)
+    launch(variant.name, plan.blocks, plan.threads, plan.shared_bytes, arguments, device)
+    if grads is not None and parts > 1:
+        beside("add_shares", TAPS * sizes.groups)
+
+
+@lru_cache(maxsize=1024)
+def _blocks_of_quads(rows: int, counters: int, sizes: Sizes, itemsize: int) -> int:
+    """Blocks whose threads take four positions each of `rows` rows of all lines, and a counter."""
+    return -(-max(counters, sizes.workspace_size(rows, itemsize) // QUAD) // QUADS)
 
 
 def _zero_counters(plan: Plan, device: torch.device) -> Tensor | None:
@@ -245,18 +272,6 @@ def _parts(plan: Plan, sizes: Sizes) -> int:
     return share // plan.variant.channels
 
 
-def _add_up(total: Tensor, grads: Sequence[Tensor], sizes: Sizes) -> None:
-    """Write the gradients of logits, sums over all shares, into those of the lines."""
-    rows, start = TAPS * sizes.groups, 0
-    per_image = total.view(sizes.batch, -1)
-    for grad in grads:
-        _, lines, _, padded = grad.shape
-        count = 2 * lines * rows * padded
-        part = per_image[:, start : start + count].view(-1, 2, lines, rows, padded)
-        grad[:, :, -2 * rows :].unflatten(2, (2, rows)).copy_(part.transpose(1, 2))
-        start += count
-
-
 # ---- between tokens and lines
 
 
@@ -264,17 +279,22 @@ def pack(
     x: Tensor, params: Tensor | None, sizes: Sizes, *, arrivals: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The lines, by axis, of tokens `x` ``[B, N, P]`` and `params` ``[B, N, K]``; without params,
-    of x alone. With `arrivals` also the zeroed counters of the forward scan that comes next."""
+    of contiguous x alone. With `arrivals` also the zeroed counters of the forward scan that comes
+    next."""
     device, dtype = x.device, x.dtype
     rows = sizes.channels if params is None else sizes.rows
-    lines = tuple(
-        allocate(sizes.lines_shape(axis, rows, dtype.itemsize), dtype, device) for axis in (0, 1)
-    )
+    shapes = [sizes.lines_shape(axis, rows, dtype.itemsize) for axis in (0, 1)]
     counters = None
     if arrivals:
         count = plan_for(FORWARD, sizes, dtype, device.index).counters
         counters = allocate((count,), torch.int32, device) if count else None
-    _move("pack_tokens", (x, x), params, lines, sizes, counters)
+    if params is None and x.numel() == prod(shapes[0]) and sizes.channels == 1:
+        upright = _readable(x.view(shapes[0]))  # one channel lies in rows already
+        lines = upright, allocate(shapes[1], dtype, device)
+        _move("pack_tokens", (x, x), params, (None, lines[1]), sizes, counters)
+    else:
+        lines = tuple(allocate(shape, dtype, device) for shape in shapes)
+        _move("pack_tokens", (x, x), params, lines, sizes, counters)
     return *lines, counters
 
 
@@ -295,29 +315,40 @@ def _move(kernel, x, params, lines, sizes, counters) -> None:
     tokens = x[0] if params is None else params
     strides = (*x[0].stride()[:2], *tokens.stride()[:2])
     addresses = (_address(x[0]), _address(x[1]), _address(params))
-    paired = _paired(sizes.channels, strides, *(address % 4 for address in addresses))
+    misalignments = tuple(address % 4 for address in addresses)
+    upright = (sizes.channels, *strides)
+    # Without params x is contiguous: the columns of a map lie beside each other.
+    sideways = (sizes.width * sizes.channels, strides[0]) if params is None else upright
+    paired = [_paired(numbers, misalignments) for numbers in (upright, sideways)]
     count = 0 if counters is None else counters.numel()
     buffers = (*addresses, *map(_address, lines), _address(counters))
-    arguments = (*buffers, *strides, *sizes[:5], layout.group_stride, paired, count)
-    blocks = _tiles(sizes[:5], itemsize, params is not None)
-    device = lines[0].device
+    arguments = (*buffers, *strides, *sizes[:5], layout.group_stride, *paired, count)
+    wanted = tuple(tensor is not None for tensor in lines)
+    blocks = _tiles(sizes[:5], itemsize, params is not None, wanted)
     name = f"{kernel}<{itemsize}>"
-    launch(name, blocks, PACK_THREADS, PACK_SHARED_BYTES, arguments, device)
+    launch(name, blocks, PACK_THREADS, PACK_SHARED_BYTES, arguments, x[0].device)
 
 
 @lru_cache(maxsize=1024)
-def _paired(channels: int, strides: tuple[int, ...], *misalignments: int) -> int:
+def _paired(numbers: tuple[int, ...], misalignments: tuple[int, ...]) -> int:
     """Whether two columns of 16 bits always lie in one word."""
-    return int(not any(number % 2 for number in (channels, *strides)) and not any(misalignments))
+    return int(not any(number % 2 for number in numbers) and not any(misalignments))
 
 
 @lru_cache(maxsize=1024)
-def _tiles(shape: tuple[int, ...], itemsize: int, with_params: bool) -> int:
+def _tiles(
+    shape: tuple[int, ...], itemsize: int, with_params: bool, wanted: tuple[bool, bool]
+) -> int:
+    """Blocks that move the wanted axes of all images, as the kernels divide them."""
     batch, height, width, channels, groups = shape
     stride = TokenLayout(channels, groups).group_stride
-    columns = 7 * channels + 2 * groups * stride if with_params else channels
-    across = -(-columns // (128 // itemsize))
     tiles = 0
-    for lines, length in ((height, width), (width, height)):
-        tiles += lines * -(-pad(length, itemsize) // TILE_POSITIONS)
-    return batch * across * tiles
+    for lines, length, axis_wanted in zip((height, width), (width, height), wanted, strict=True):
+        if with_params:
+            columns = 7 * channels + 2 * groups * stride
+        else:
+            lines, columns = 1, lines * channels
+        across = -(-columns // (128 // itemsize))
+        along = -(-pad(length, itemsize) // TILE_POSITIONS)
+        tiles += axis_wanted * lines * across * along
+    return batch * tiles

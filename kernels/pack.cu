@@ -1,15 +1,17 @@
 // Between the tokens of a projection, [B, N, P] and [B, N, K], and the lines that the scan reads:
-// a transposition of tiles, of some columns of the projection by some positions of a line.
+// a transposition of tiles, of some columns of the projection by some positions of a line. Of x
+// alone, all lines of an axis are packed as one that has the columns of each: few channels then
+// fill a tile too.
 
 struct PackArguments {
     char* x[2];     // [B, N, P]; unpacking writes the part of each axis by itself
     char* params;   // [B, N, K]; null: absent, and of the lines there is but x
-    char* lines[2]; // [B, lines, R, padded], of rows and of columns
+    char* lines[2]; // [B, lines, R, padded], of rows and of columns; null: not wanted
     int* arrivals;  // to be set to zero, for the scan that comes next; null: none
     int64 x_image, x_token, params_image, params_token;  // elements between images, tokens
     int64 batch, height, width, channels, groups;
     int64 group_stride;  // columns from the logits of one group to those of the next, 3 or 4
-    int64 paired;        // not 0: two columns of 16 bits can be moved as one word
+    int64 paired[2];     // by axis, not 0: two columns of 16 bits can be moved as one word
     int64 counters;      // in arrivals
 };
 
@@ -23,13 +25,13 @@ template <int SIZE> struct Tile {
     int64 columns, lines, rows, line, image;
 
     __device__ Tile(const PackArguments& a) : a(a) {
-        columns = a.params ? 7 * a.channels + 2 * a.groups * a.group_stride : a.channels;
-        rows = a.params ? 7 * a.channels + 6 * a.groups : a.channels;
-        const int64 across = (columns + COLUMNS - 1) / COLUMNS;
-        const int64 upright = across * ((Work::pad(a.width, SIZE) + POSITIONS - 1) / POSITIONS) * a.height * a.batch;
+        const int64 upright = a.batch * tiles_of_image(0);
         axis = blockIdx.x >= upright;
         int64 index = blockIdx.x - (axis ? upright : 0);
-        lines = axis ? a.width : a.height;
+        lines = lines_of(axis);
+        columns = columns_of(axis);
+        rows = a.params ? 7 * a.channels + 6 * a.groups : columns;
+        const int64 across = (columns + COLUMNS - 1) / COLUMNS;
         length = axis ? a.height : a.width;
         padded = Work::pad(length, SIZE);
         first_column = index % across * COLUMNS;
@@ -40,22 +42,40 @@ template <int SIZE> struct Tile {
         line = index % lines;
         image = index / lines;
     }
+    __device__ int64 lines_of(int axis) const {
+        if (!a.lines[axis]) return 0;
+        return a.params ? (axis ? a.width : a.height) : 1;
+    }
+    __device__ int64 columns_of(int axis) const {
+        return a.params ? 7 * a.channels + 2 * a.groups * a.group_stride : (axis ? a.width : a.height) * a.channels;
+    }
+    __device__ int64 tiles_of_image(int axis) const {
+        const int padded = Work::pad(axis ? a.height : a.width, SIZE);
+        return lines_of(axis) * ((columns_of(axis) + COLUMNS - 1) / COLUMNS) * ((padded + POSITIONS - 1) / POSITIONS);
+    }
     // Where a column stands at token 0 of the image. The columns of a row of lines come in its
     // order, but for the fourth of each group of logits.
     __device__ char* column(int64 q) const {
+        if (!a.params) {
+            const int64 first_token = q / a.channels * (axis ? 1 : a.width);
+            return a.x[axis] + (image * a.x_image + first_token * a.x_token + q % a.channels) * SIZE;
+        }
         if (q < a.channels) return a.x[axis] + (image * a.x_image + q) * SIZE;
         q -= a.channels;
         const int64 gates = 2 * a.channels, gate = min(q / gates, int64(3));
         const int64 pair = gate < 3 ? gates : 2 * a.groups * a.group_stride;
         return a.params + (image * a.params_image + 2 * gate * gates + axis * pair + q - gate * gates) * SIZE;
     }
-    __device__ int64 token_stride(int64 q) const { return (q < a.channels ? a.x_token : a.params_token) * SIZE; }
+    __device__ int64 token_stride(int64 q) const {
+        return (!a.params || q < a.channels ? a.x_token : a.params_token) * SIZE;
+    }
     __device__ int64 token(int position) const {
         return axis ? position * a.width + line : line * a.width + position;
     }
     // The row of lines that a column becomes, or -1.
     __device__ int64 row(int64 q) const {
         if (q >= columns) return -1;
+        if (!a.params) return q;
         const int64 tap = q - 7 * a.channels;
         if (tap < 0) return q;
         return tap % a.group_stride == 3 ? -1 : 7 * a.channels + tap / a.group_stride * 3 + tap % a.group_stride;
@@ -77,7 +97,7 @@ template <int SIZE> __global__ void __launch_bounds__(PACK_THREADS) pack_tokens(
     if constexpr (SIZE == 2) {
         // Two positions of two columns, which change places within two words.
         const int64 q = tile.first_column + 2 * lane;
-        const bool first = q < tile.columns, second = q + 1 < tile.columns, paired = a.paired;
+        const bool first = q < tile.columns, second = q + 1 < tile.columns, paired = a.paired[tile.axis];
         const char* from = tile.column(first ? q : 0);
         const char* beside = tile.column(second ? q + 1 : 0);
         const int64 stride = tile.token_stride(first ? q : 0), beside_stride = tile.token_stride(second ? q + 1 : 0);
@@ -140,7 +160,7 @@ template <int SIZE> __global__ void __launch_bounds__(PACK_THREADS) unpack_token
     __syncthreads();
     if constexpr (SIZE == 2) {
         const int64 q = tile.first_column + 2 * lane;
-        const bool first = tile.row(q) >= 0, second = tile.row(q + 1) >= 0, paired = a.paired;
+        const bool first = tile.row(q) >= 0, second = tile.row(q + 1) >= 0, paired = a.paired[tile.axis];
         char* const to = tile.column(first ? q : 0);
         char* const beside = tile.column(second ? q + 1 : 0);
         const int64 stride = tile.token_stride(first ? q : 0), beside_stride = tile.token_stride(second ? q + 1 : 0);

@@ -19,6 +19,8 @@ FORWARD, BACKWARD = "scan_forward", "scan_backward"
 WARP = 32
 STRIP = 30  # threads of a warp that have positions of their own, where a line is cut into strips
 CHANNELS = (4, 2, 1)  # of a thread
+READY_TAPS = 2  # of a position that are made ready: the third is what they leave of one
+READY_SHARE = 16  # channels of a group from which on that is worth a launch
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
 WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
 STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips, 4 positions
@@ -52,16 +54,20 @@ class Variant:
     strips: bool = False  # several warps to a line
     stages: int = 0  # depth of the ring; 0: the kernel for lines of any length, which has none
     threads: int = ANY_LENGTH_THREADS  # most threads of a block
+    ready: bool = False  # weights are made ready before the scan, once for all channels of a group
 
     @cached_property
     def name(self) -> str:
-        """The C++ name expression, such as ``scan_forward<bfloat16, 4, 2, true, 4, 512>``."""
+        """The C++ name expression, such as ``scan_backward<bfloat16, 4, 2, true, 2, 384>``."""
         if not self.stages:
             return f"{self.kernel}_any_length<{self.number_format}>"
-        return (
-            f"{self.kernel}<{self.number_format}, {self.vector}, {self.channels}, "
-            f"{str(self.strips).lower()}, {self.stages}, {self.threads}>"
-        )
+        options = [self.vector, self.channels, self.strips, self.stages, self.threads]
+        options += [self.ready] if self.kernel == FORWARD else []
+        return f"{self.kernel}<{', '.join([self.number_format, *map(_cpp, options)])}>"
+
+
+def _cpp(value: int | bool) -> str:
+    return str(value).lower()
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,11 @@ def shapes_of_a_thread(itemsize: int, *, strips: bool) -> list[tuple[int, int]]:
     return [*shapes, (8, 1)] if strips and longer else shapes
 
 
-def strip_stages(kernel: str, vector: int) -> tuple[int, ...]:
-    """Depths of the ring of lines in strips: one only where threads have few positions."""
-    return STRIP_STAGES[kernel] if vector > 2 else STRIP_STAGES[kernel][:1]
+def strip_ways(kernel: str, vector: int) -> list[tuple[int, bool]]:
+    """Depths of the ring of lines in strips, and whether weights are made ready: more than one only
+    where it pays."""
+    stages = STRIP_STAGES[kernel] if vector > 2 else STRIP_STAGES[kernel][:1]
+    return list(product(stages, (False, True) if kernel == FORWARD and vector < 8 else (False,)))
 
 
 def most_threads(kernel: str, vector: int, channels: int, capability: tuple[int, int]) -> int:
@@ -173,11 +181,11 @@ def _whole_line_plans(problem, device, vector, channels) -> Iterator[Plan]:
     for chunks in (1, 2, 4, 8, 16):
         party = chunks * channels
         threads = WARP * -(-4 * chunks * lanes // WARP)
-        size = shared_bytes(problem, vector, channels, threads, WHOLE_STAGES, strips=False)
+        variant = _variant(problem, vector, channels, False, WHOLE_STAGES, bound)
+        size = shared_bytes(problem, variant, threads)
         crowded = chunks > 1 and party >= 2 * problem.channels
         if threads > bound or crowded or party > LARGEST_PARTY or size > device.shared_bytes:
             continue
-        variant = _variant(problem, vector, channels, False, WHOLE_STAGES, bound)
         blocks = problem.batch * -(-problem.channels // party)
         yield Plan(variant, party, lanes, blocks, threads, size, counters=0)
 
@@ -194,19 +202,19 @@ def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
         and 8 * party // channels <= device.processors
     ):
         party *= 2
-    for stages in strip_stages(problem.kernel, vector):
-        size = shared_bytes(problem, vector, channels, threads, stages, strips=True)
+    for stages, ready in strip_ways(problem.kernel, vector):
+        variant = _variant(problem, vector, channels, True, stages, bound, ready)
+        size = shared_bytes(problem, variant, threads)
         if threads > bound or size > device.shared_bytes:
             continue
-        variant = _variant(problem, vector, channels, True, stages, bound)
         parties = problem.batch * -(-problem.channels // party)
         blocks = parties * 4 * party // channels
         yield Plan(variant, party, WARP, blocks, threads, size, counters=parties)
 
 
-def _variant(problem, vector, channels, strips, stages, bound) -> Variant:
+def _variant(problem, vector, channels, strips, stages, bound, ready=False) -> Variant:
     number_format = NUMBER_FORMATS[problem.dtype]
-    return Variant(problem.kernel, number_format, vector, channels, strips, stages, bound)
+    return Variant(problem.kernel, number_format, vector, channels, strips, stages, bound, ready)
 
 
 def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
@@ -229,29 +237,30 @@ def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
         if few:
             return work, abs(plan.threads - LIGHT_THREADS)
         return missing, warps, 2 * plan.blocks < processors, -plan.party
-    last_resort = variant.vector == 8
+    last_resort = variant.vector == 8, variant.ready != (problem.share >= READY_SHARE)
     crowded = warps > BUSY_WARPS[problem.kernel][variant.vector] * processors
     if problem.kernel == BACKWARD:
-        return last_resort, missing, -variant.channels, crowded, variant.vector
+        return *last_resort, missing, -variant.channels, crowded, variant.vector
     resident = min(device.shared_bytes // plan.shared_bytes, variant.threads // plan.threads)
     at_once = processors * max(1, resident)
     waves = -(-plan.blocks // at_once)
     wasteful = waves > 1 and plan.blocks < 0.75 * waves * at_once
     if not (crowded or wasteful):
-        return last_resort, 0, -warps, -variant.stages, -variant.channels
+        used = min(plan.blocks, processors)
+        return *last_resort, 0, -warps, -variant.stages, -used, -variant.channels
     order = variant.vector != 4, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
-    return last_resort, 1, *order
+    return *last_resort, 1, *order
 
 
-def shared_bytes(problem, vector, channels, threads, stages, *, strips) -> int:
+def shared_bytes(problem: Problem, variant: Variant, threads: int) -> int:
     """Size of the ring, the boards and the tile of the merge, as the kernels divide it."""
-    numbers = 2 + problem.skip + (1 if problem.kernel == FORWARD else 2)
-    slot = (numbers * channels + TAPS) * vector * problem.dtype.itemsize
-    if problem.kernel == BACKWARD:
-        slot += channels * vector * 4
-    boards = 2 * threads // WARP * 2 * channels * vector * 4 if strips else 0
-    tile = TILE_BYTES if problem.kernel == FORWARD else 0
-    return max(stages * threads * slot + boards, tile)
+    backward, channels = problem.kernel == BACKWARD, variant.channels
+    numbers = (3 + problem.skip + backward) * channels + (0 if variant.ready else TAPS)
+    floats = channels if backward else READY_TAPS if variant.ready else 0
+    slot = variant.vector * (numbers * problem.dtype.itemsize + floats * 4)
+    boards = 2 * threads // WARP * 2 * channels * variant.vector * 4 if variant.strips else 0
+    tile = 0 if backward else TILE_BYTES
+    return max(variant.stages * threads * slot + boards, tile)
 
 
 def _plan_any_length(problem: Problem) -> Plan:
@@ -269,6 +278,7 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
         for strips in (False, True):
             for shape in shapes_of_a_thread(dtype.itemsize, strips=strips):
                 threads = most_threads(kernel, *shape, capability)
-                depths = strip_stages(kernel, shape[0]) if strips else (WHOLE_STAGES,)
-                found += [Variant(kernel, name, *shape, strips, depth, threads) for depth in depths]
+                ways = strip_ways(kernel, shape[0]) if strips else [(WHOLE_STAGES, False)]
+                for stages, ready in ways:
+                    found.append(Variant(kernel, name, *shape, strips, stages, threads, ready))
     return found

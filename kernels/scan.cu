@@ -21,7 +21,8 @@
 
 enum : int {
     ALL = ~0,   // lanes of a warp
-    STRIP = 30  // lanes of a strip without its halo
+    STRIP = 30, // lanes of a strip without its halo
+    QUADS = 256 // threads of a block of the kernels that come before and after a scan
 };
 
 // Where a thread stands: its work, and its first position. Threads whose positions lie off the line
@@ -108,6 +109,11 @@ template <class T, int V, int STAGES> struct Ring {
 #pragma unroll
         for (int k = 0; k < COUNT; ++k, from += row_bytes) copy_async<BYTES>(slot(at, r + k), from);
     }
+    template <int COUNT>
+    __device__ __forceinline__ void copy_floats(int at, int r, const char* from, int64 row_bytes) const {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k, from += row_bytes) copy_async<FLOATS>(float_slot(at, r + k), from);
+    }
     __device__ __forceinline__ void load(int at, int r, float (&to)[V]) const {
         Vector<T, V>::load(slot(at, r), to);
     }
@@ -160,18 +166,79 @@ load_weights(const Ring<T, V, STAGES>& ring, int at, int r, int j, int length, W
         w[v] = propagation_weights(left[v], center[v], right[v], v == 0 && j == 0, v + j == length - 1, slope[v]);
 }
 
-template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS>
+// Four positions of one of the `rows` rows that every line of every direction has in a workspace,
+// for kernels whose threads take one each.
+template <class T> struct Quad {
+    enum : int { V = 4 };
+    int axis, reversed, j, length, padded;
+    int64 image, line, row, rows;
+    bool present;
+
+    __device__ Quad(const Arguments& a, int64 rows) : rows(rows) {
+        constexpr int SIZE = sizeof(T);
+        int64 rest = int64(blockIdx.x) * QUADS + threadIdx.x;
+        const int64 upright = 2 * a.batch * a.height * rows * (Work::pad(a.width, SIZE) / V);
+        axis = rest >= upright;
+        if (axis) rest -= upright;
+        const int64 lines = axis ? a.width : a.height;
+        length = axis ? a.height : a.width;
+        padded = Work::pad(length, SIZE);
+        j = rest % (padded / V) * V, rest /= padded / V;
+        row = rest % rows, rest /= rows;
+        line = rest % lines, rest /= lines;
+        reversed = rest % 2, image = rest / 2;
+        present = image < a.batch;
+    }
+    // Where it is in a workspace that has `each` rows for one of these.
+    __device__ int64 in_workspace(const Arguments& a, int each = 1) const {
+        const int64 plane = Work::plane(a, sizeof(T), each * rows, image, axis, reversed);
+        return plane + (line * rows + row) * each * padded + j;
+    }
+    __device__ char* in(const Lines& lines, int64 row) const {
+        return lines.data + (image * lines.image + line * lines.line + row * lines.row + j) * sizeof(T);
+    }
+};
+
+// Where many channels share weights, they are made ready once, before the scan. The counters with
+// which blocks wait for one another are set to zero on the way.
+template <class T> __global__ void __launch_bounds__(QUADS) ready_weights(const Arguments a) {
+    constexpr int V = Quad<T>::V;
+    const int64 index = int64(blockIdx.x) * QUADS + threadIdx.x;
+    if (index < a.batch * ((a.channels + a.party - 1) / a.party)) a.arrivals[index] = 0;
+
+    const Quad<T> at(a, a.groups);
+    if (!at.present) return;
+    const Lines& lines = a.inputs[at.axis];
+    const char* logits = at.in(lines, Work::logits_row(a, at.reversed, at.row));
+    float l[V], c[V], r[V], left[V], right[V], slope[3];
+    Vector<T, V>::load(logits, l);
+    Vector<T, V>::load(logits + lines.row * sizeof(T), c);
+    Vector<T, V>::load(logits + 2 * lines.row * sizeof(T), r);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+        const bool first = at.j + v == 0, last = at.j + v == at.length - 1;
+        const Weights w = propagation_weights(l[v], c[v], r[v], first, last, slope);
+        left[v] = w.left, right[v] = w.right;
+    }
+    float* const to = a.weights + at.in_workspace(a, 2);
+    Vector<float, V>::store(to, left);
+    Vector<float, V>::store(to + at.padded, right);
+}
+
+// READY: weights come from a.weights.
+template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS, bool READY>
 __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
     constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4;
-    enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + 3, SKIP = 3 * C + 3 };
+    constexpr int TAP_ROWS = READY ? 0 : 3, FLOAT_ROWS = READY ? 2 : 0;
+    enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + TAP_ROWS, SKIP = 3 * C + TAP_ROWS };
     const Place<V, STRIPS> place(a, SIZE, C);
     const Work& work = place.work;
     const bool gates = a.result != nullptr, skips = gates && a.skip, keeps = a.hidden != nullptr;
 
     if (place.takes_part()) {
-        const int ring_rows = skips ? 4 * C + 3 : gates ? 3 * C + 3 : 2 * C + 3;
-        Ring<T, V, STAGES> ring(ring_rows, 0);
-        ring.clear(place.present, ring_rows, 0);
+        const int ring_rows = TAP_ROWS + (skips ? 4 : gates ? 3 : 2) * C;
+        Ring<T, V, STAGES> ring(ring_rows, FLOAT_ROWS);
+        ring.clear(place.present, ring_rows, FLOAT_ROWS);
         const Rows rows(a, work, a.inputs[work.axis].row * SIZE);
         const float scale = work.scale(a);
         Walk input(a.inputs[work.axis], work, place.j, SIZE, false);
@@ -179,16 +246,21 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
         const int64 begin = plane + int64(work.channel) * work.padded + place.j;
         int64 out = begin + work.line(0) * line;  // element of the workspaces
         const int64 out_step = work.reversed ? -line : line;
+        const int64 weight_row = work.padded * sizeof(float), weight_line = 2 * a.groups * weight_row;
+        float* const first_weights =
+            a.weights + work.plane(a, SIZE, 2 * a.groups) + work.group(a) * 2 * work.padded + place.j;
+        Walk weights(reinterpret_cast<char*>(first_weights), weight_line, work, false);
 
         auto copy_line = [&](int i, int at) {
             if (i < work.lines && place.present) {
                 ring.template copy<C>(at, X, input.at + rows.x, rows.row);
                 ring.template copy<C>(at, LAM, input.at + rows.lam, rows.row);
-                ring.template copy<3>(at, LOGITS, input.at + rows.logits, rows.row);
+                if constexpr (READY) ring.template copy_floats<2>(at, 0, weights.at, weight_row);
+                else ring.template copy<3>(at, LOGITS, input.at + rows.logits, rows.row);
                 if (gates) ring.template copy<C>(at, U, input.at + rows.u, rows.row);
                 if (skips) ring.template copy<C>(at, SKIP, input.at + rows.skip, rows.row);
             }
-            input.advance();
+            input.advance(), weights.advance();
             commit_copies();
         };
 
@@ -196,8 +268,16 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
         Weights w[V];
         float b[C][V];
         auto prepare = [&](int at, Weights (&w)[V], float (&b)[C][V]) {
-            float slope[V][3];
-            load_weights(ring, at, LOGITS, place.j, work.length, w, slope);
+            if constexpr (READY) {
+                float left[V], right[V];
+                Vector<float, V>::load(ring.float_slot(at, 0), left);
+                Vector<float, V>::load(ring.float_slot(at, 1), right);
+#pragma unroll
+                for (int v = 0; v < V; ++v) w[v] = {left[v], 1.f - (left[v] + right[v]), right[v]};
+            } else {
+                float slope[V][3];
+                load_weights(ring, at, LOGITS, place.j, work.length, w, slope);
+            }
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 float gate[V];
@@ -299,7 +379,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
 // At visit v a thread stands on line lines - 1 - v; the ring's stage holds h of the line before.
 template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
-    constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4, HIDDEN = V * sizeof(float);
+    constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4;
     enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + 3, GRAD_Y = 3 * C + 3, SKIP = 4 * C + 3 };
     const Place<V, STRIPS> place(a, SIZE, C);
     const Work& work = place.work;
@@ -345,10 +425,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
                 ring.template copy<C>(at, U, input.at + rows.u, rows.row);
                 ring.template copy<C>(at, GRAD_Y, grad_y.at + rows.x, rows.row);
                 if (skips) ring.template copy<C>(at, SKIP, input.at + rows.skip, rows.row);
-                if (visit + 1 < work.lines)
-#pragma unroll
-                    for (int c = 0; c < C; ++c)
-                        copy_async<HIDDEN>(ring.float_slot(at, c), hidden.at + c * hidden_row);
+                if (visit + 1 < work.lines) ring.template copy_floats<C>(at, 0, hidden.at, hidden_row);
             }
             input.advance(), grad_y.advance(), hidden.advance();
             commit_copies();
@@ -453,6 +530,26 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
     else if constexpr (STRIPS) Board<V, C>::watch(place);
     wait_copies<0>();
     merge_lines<T>(a, work, place.member, place.members);
+}
+
+// Add up the shares of the gradient of logits, after the scan.
+template <class T> __global__ void __launch_bounds__(QUADS) add_shares(const Arguments a) {
+    constexpr int V = Quad<T>::V;
+    const int64 rows = 3 * a.groups;
+    const Quad<T> at(a, rows);
+    if (!at.present) return;
+    const int64 all = 2 * a.batch * rows *
+        (a.height * Work::pad(a.width, sizeof(T)) + a.width * Work::pad(a.height, sizeof(T)));
+    const float* share = a.shares + at.in_workspace(a);
+    float sum[V] = {};
+#pragma unroll 4
+    for (int64 part = 0; part < a.parts; ++part, share += all) {
+        float some[V];
+        Vector<float, V>::load(share, some);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += some[v];
+    }
+    Vector<T, V>::store(at.in(a.grads[at.axis], Work::logits_row(a, at.reversed, 0) + at.row), sum);
 }
 
 // The same for lines of any length: line buffers in global memory, threads that loop over positions

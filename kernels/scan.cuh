@@ -25,6 +25,7 @@ struct Arguments {
     char* result;       // y [B, N, P]; forward only, null: not wanted
     char* partial;      // y, or the gradient of x, of each direction by itself: a workspace
     float* hidden;      // h, a workspace; null: not wanted
+    float* weights;     // [B, 4, lines, G * 2, padded]: left and right taps, made ready; forward only
     float* shares;      // [parts, B, 4, lines, G * 3, padded]: gradient of logits by part of a group
     int* arrivals;      // [B * parties], zero
     float* buffers;     // lines in global memory, for the kernels without a limit of length
@@ -32,6 +33,7 @@ struct Arguments {
     int64 chunk_size;   // 0: the whole map
     int64 skip;         // not 0: there is a skip
     int64 native_height, native_width;  // lam counts native lines / lines times; 0: as it is
+    int64 parts;        // of a group's channels, in shares
     int64 party;        // channels whose directions one set of threads adds up in the end
     int64 lanes;        // threads to a line, where a warp takes whole lines
 };
@@ -73,12 +75,17 @@ struct Work {
     __device__ int64 lam_row(const Arguments& a) const { return (1 + reversed) * a.channels + channel; }
     __device__ int64 u_row(const Arguments& a) const { return (3 + reversed) * a.channels + channel; }
     __device__ int64 skip_row(const Arguments& a) const { return (5 + reversed) * a.channels + channel; }
-    __device__ int64 logits_row(const Arguments& a) const {
-        const int64 group = channel / (a.channels / a.groups);
+    __device__ int64 group(const Arguments& a) const { return channel / (a.channels / a.groups); }
+    __device__ int64 logits_row(const Arguments& a) const { return logits_row(a, reversed, group(a)); }
+    __device__ static int64 logits_row(const Arguments& a, int reversed, int64 group) {
         return (a.skip ? 7 : 5) * a.channels + 3 * (reversed * a.groups + group);
     }
     // First element of this direction in a workspace that has `rows` rows to a line.
     __device__ int64 plane(const Arguments& a, int size, int64 rows) const {
+        return plane(a, size, rows, image, axis, reversed);
+    }
+    __device__ static int64
+    plane(const Arguments& a, int size, int64 rows, int64 image, int axis, int reversed) {
         const int64 upright = a.height * rows * pad(a.width, size);
         const int64 sideways = a.width * rows * pad(a.height, size);
         return 2 * image * (upright + sideways) + (axis ? 2 * upright + reversed * sideways : reversed * upright);

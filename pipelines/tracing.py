@@ -376,10 +376,13 @@ def _line_scan_workspace(rows, columns, *arguments) -> int:
 
 
 def _scan_workspace(sizes: Sizes, dtype: torch.dtype) -> int:
-    """Bytes of the partial results and of what the kernel for any length keeps."""
+    """Bytes of the partial results, of weights made ready and of what the kernel for any length
+    keeps."""
     total = _partial_bytes(sizes, dtype.itemsize)
     if dtype in NUMBER_FORMATS:
         plan = make_plan(Problem(FORWARD, dtype, *sizes[:5], sizes.skip), SCAN_DEVICE)
+        if plan.variant.ready:
+            total += 4 * sizes.workspace_size(sizes.ready_rows, dtype.itemsize)
         if not plan.variant.stages:
             length = pad(max(sizes.height, sizes.width), dtype.itemsize)
             total += 8 * plan.blocks * length * plan.party

@@ -22,7 +22,17 @@ from gspn2_diffusers.kernels import launch, plans
 ARCHITECTURES = (75, 80, 90, 100, 120)
 KERNELS_PER_PROGRAM = 32
 """Enough to share the parsing of the sources, few enough for a readable log."""
-PACKING = {plans.FORWARD: ["pack_tokens"], plans.BACKWARD: ["unpack_tokens"]}
+BESIDE = {
+    plans.FORWARD: [
+        *(f"pack_tokens<{size}>" for size in (2, 4)),
+        *(f"ready_weights<{name}>" for name in plans.NUMBER_FORMATS.values()),
+    ],
+    plans.BACKWARD: [
+        *(f"unpack_tokens<{size}>" for size in (2, 4)),
+        *(f"add_shares<{name}>" for name in plans.NUMBER_FORMATS.values()),
+    ],
+}
+"""What runs before or after a scan."""
 FOLDER = Path(kernels.__file__).parent
 
 
@@ -120,7 +130,7 @@ def test_every_variant_compiles_without_a_warning_and_without_spilling(architect
     variants = plans.variants(divmod(architecture, 10))
     names = sorted(variant.name for variant in variants if variant.kernel == kernel)
     assert len(set(names)) == len(names) > 30
-    names += [f"{packing}<{size}>" for size in (2, 4) for packing in PACKING[kernel]]
+    names += BESIDE[kernel]
     built: dict[str, Assembled] = {}
     for start in range(0, len(names), KERNELS_PER_PROGRAM):
         part = names[start : start + KERNELS_PER_PROGRAM]
