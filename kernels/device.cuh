@@ -142,12 +142,9 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const 
         char* target = static_cast<char*>(to) + byte;
         const char* source = static_cast<const char*>(from) + byte;
 #if __CUDA_ARCH__ >= 800
-        if constexpr (STEP == 16)  // only copies of 16 bytes can pass by the L1 cache
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                         :: "r"(shared_address(target)), "l"(source) : "memory");
-        else
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                         :: "r"(shared_address(target)), "l"(source), "n"(STEP) : "memory");
+        // Through the L1 cache: strips beside each other copy their common positions twice.
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     :: "r"(shared_address(target)), "l"(source), "n"(STEP) : "memory");
 #else
         typedef typename raw_of<STEP>::type raw;
         *reinterpret_cast<raw*>(target) = *reinterpret_cast<const raw*>(source);

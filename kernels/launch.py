@@ -152,7 +152,7 @@ def run_forward(
     """
     lines = [_readable(tensor) for tensor in lines]
     device, dtype = lines[0].device, lines[0].dtype
-    plan = plan_for(FORWARD, sizes, dtype, device.index)
+    plan = plan_for(FORWARD, sizes, dtype, device.index, result)
     count = _workspace_size(sizes.channels, sizes, dtype.itemsize)
     y = partial = h = weights = None
     if result:
@@ -213,14 +213,16 @@ def run_backward(
     return grads
 
 
-def plan_for(kernel: str, sizes: Sizes, dtype: torch.dtype, device_index: int) -> Plan:
+def plan_for(
+    kernel: str, sizes: Sizes, dtype: torch.dtype, device_index: int, result: bool = True
+) -> Plan:
     """The plan of a scan on a device."""
-    return _plan(kernel, sizes[:5], sizes.skip, dtype, device_index)
+    return _plan(kernel, sizes[:5], sizes.skip, result, dtype, device_index)
 
 
 @lru_cache(maxsize=1024)
-def _plan(kernel: str, shape: tuple[int, ...], skip: bool, dtype: torch.dtype, index: int) -> Plan:
-    return make_plan(Problem(kernel, dtype, *shape, skip), Device.of(index))
+def _plan(kernel, shape: tuple[int, ...], skip: bool, result: bool, dtype, index: int) -> Plan:
+    return make_plan(Problem(kernel, dtype, *shape, skip, result), Device.of(index))
 
 
 def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:

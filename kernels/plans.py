@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import product
-from math import inf
 
 import torch
 
@@ -16,28 +15,38 @@ NUMBER_FORMATS = {
     torch.bfloat16: "bfloat16",
 }
 FORWARD, BACKWARD = "scan_forward", "scan_backward"
+HIDDEN, RESULT, RESULT_WITH_SKIP = "HIDDEN", "RESULT", "RESULT_WITH_SKIP"  # what goes forward
 WARP = 32
-STRIP = 30  # threads of a warp that have positions of their own, where a line is cut into strips
+HALO = 2  # threads at each end of a strip that belong to the strips beside
+STRIP = WARP - 2 * HALO  # threads of a strip that have positions of their own
 CHANNELS = (4, 2, 1)  # of a thread
 READY_TAPS = 2  # of a position that are made ready: the third is what they leave of one
 READY_SHARE = 16  # channels of a group from which on that is worth a launch
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
 WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
-STRIP_STAGES = {FORWARD: (4, 2), BACKWARD: (2,)}  # the same, of lines in strips, 4 positions
+STRIP_STAGES = {  # the same, of lines in strips, by positions and channels of a thread
+    FORWARD: {
+        (2, 1): 6, (2, 2): 6, (2, 4): 6, (4, 1): 4, (4, 2): 6, (4, 4): 4, (8, 1): 2,
+    },
+    BACKWARD: dict.fromkeys(((2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1)), 2),
+}  # fmt: skip
+READY_SHAPES = ((2, 1), (2, 2), (4, 1), (8, 1))  # of threads, in strips, to make weights ready for
 LIGHT_WARPS, LIGHT_THREADS = 10, 128  # of a multiprocessor, a block: a scan of short lines so small
-BUSY_WARPS = {  # of a multiprocessor, by positions of a thread: what more would bring is lost
-    FORWARD: {2: 15, 4: 18, 8: 18},
-    BACKWARD: {2: 10, 4: inf, 8: inf},
-}
+# Warps of a multiprocessor beyond which more are of no use, where lines are in strips: forward with
+# weights made ready and without, backward with 2 positions to a thread.
+READY_WARPS, BUSY_WARPS, BACKWARD_WARPS = 20, 15, 10
+FILLED = 0.6  # least share of the positions of all strips that a line should have
+HEAVY_WARPS, LONGEST_BUSY = 30, 512  # if threads had 4 positions; positions of a line
 LARGEST_PARTY = 16
 TILE_BYTES = 4 * max(party * side * (side + 1) for party, side in ((1, 64), (4, 32), (16, 16)))
 SECTOR_BYTES = 32  # of device memory
-MOST_THREADS = {  # by positions and channels of a thread: as many as spill no register
+# Threads of a block, by positions and channels of a thread: as many as spill no register.
+MOST_THREADS = {
     FORWARD: {
-        (2, 1): 896, (2, 2): 640, (2, 4): 512, (4, 1): 640, (4, 2): 512, (4, 4): 384, (8, 1): 512,
+        (2, 1): 640, (2, 2): 512, (2, 4): 384, (4, 1): 512, (4, 2): 384, (4, 4): 384, (8, 1): 512,
     },
     BACKWARD: {
-        (2, 1): 512, (2, 2): 512, (2, 4): 384, (4, 1): 512, (4, 2): 384, (4, 4): 384, (8, 1): 256,
+        (2, 1): 512, (2, 2): 512, (2, 4): 384, (4, 1): 384, (4, 2): 384, (4, 4): 384, (8, 1): 256,
     },
 }  # fmt: skip
 ANY_LENGTH_THREADS, ANY_LENGTH_CHANNELS = 512, 8
@@ -55,18 +64,20 @@ class Variant:
     stages: int = 0  # depth of the ring; 0: the kernel for lines of any length, which has none
     threads: int = ANY_LENGTH_THREADS  # most threads of a block
     ready: bool = False  # weights are made ready before the scan, once for all channels of a group
+    output: str = ""  # of a forward scan
 
     @cached_property
     def name(self) -> str:
         """The C++ name expression, such as ``scan_backward<bfloat16, 4, 2, true, 2, 384>``."""
         if not self.stages:
             return f"{self.kernel}_any_length<{self.number_format}>"
-        options = [self.vector, self.channels, self.strips, self.stages, self.threads]
-        options += [self.ready] if self.kernel == FORWARD else []
-        return f"{self.kernel}<{', '.join([self.number_format, *map(_cpp, options)])}>"
+        sizes = f"{self.number_format}, {self.vector}, {self.channels}, {_cpp(self.strips)}"
+        sizes += f", {self.stages}, {self.threads}"
+        forward = f", {_cpp(self.ready)}, {self.output}" if self.kernel == FORWARD else ""
+        return f"{self.kernel}<{sizes}{forward}>"
 
 
-def _cpp(value: int | bool) -> str:
+def _cpp(value: bool) -> str:
     return str(value).lower()
 
 
@@ -101,6 +112,14 @@ class Problem:
     channels: int
     groups: int
     skip: bool
+    result: bool = True  # of a forward scan: y is wanted, not h alone
+
+    @property
+    def output(self) -> str:
+        """What a forward scan writes."""
+        if self.kernel != FORWARD:
+            return ""
+        return HIDDEN if not self.result else RESULT_WITH_SKIP if self.skip else RESULT
 
     @property
     def share(self) -> int:
@@ -111,6 +130,11 @@ class Problem:
     def longest(self) -> int:
         """Positions of the longer lines, with their padding."""
         return pad(max(self.height, self.width), self.dtype.itemsize)
+
+    @property
+    def work(self) -> int:
+        """Warps of a forward scan in strips, were threads to own four positions of one channel."""
+        return 4 * self.batch * self.channels * -(-self.longest // (4 * STRIP))
 
     @property
     def line_bytes(self) -> int:
@@ -147,28 +171,35 @@ def ring_plans(problem: Problem, device: Device) -> Iterator[Plan]:
         return
     whole = problem.longest <= LONGEST_WHOLE
     divide = _whole_line_plans if whole else _strip_plans
-    for vector, channels in shapes_of_a_thread(problem.dtype.itemsize, strips=not whole):
+    shapes = shapes_of_a_thread(problem.kernel, problem.dtype.itemsize, strips=not whole)
+    for vector, channels in shapes:
         if problem.share % channels == 0:
             yield from divide(problem, device, vector, channels)
 
 
-def shapes_of_a_thread(itemsize: int, *, strips: bool) -> list[tuple[int, int]]:
+def shapes_of_a_thread(kernel: str, itemsize: int, *, strips: bool) -> list[tuple[int, int]]:
     """Positions and channels that a thread may own; its vectors have 4 to 16 bytes."""
     shapes = list(product((2, 4), CHANNELS))
-    longer = 8 * itemsize <= VECTOR_BYTES  # twice the reach, for lines that are too long otherwise
-    return [*shapes, (8, 1)] if strips and longer else shapes
+    if strips and 8 * itemsize <= VECTOR_BYTES:
+        return [*shapes, (8, 1)]  # twice the reach, for lines that are too long otherwise
+    if strips and kernel == FORWARD:
+        shapes.remove((4, 4))  # of 32-bit numbers: too many registers for lines of a useful length
+    return shapes
 
 
-def strip_ways(kernel: str, vector: int) -> list[tuple[int, bool]]:
-    """Depths of the ring of lines in strips, and whether weights are made ready: more than one only
-    where it pays."""
-    stages = STRIP_STAGES[kernel] if vector > 2 else STRIP_STAGES[kernel][:1]
-    return list(product(stages, (False, True) if kernel == FORWARD and vector < 8 else (False,)))
+def ready_ways(kernel: str, vector: int, channels: int, *, strips: bool) -> tuple[bool, ...]:
+    """Whether weights are made ready: both only where it pays."""
+    both = kernel == FORWARD and strips and (vector, channels) in READY_SHAPES
+    return (False, True) if both else (False,)
 
 
-def most_threads(kernel: str, vector: int, channels: int, capability: tuple[int, int]) -> int:
+def most_threads(
+    kernel: str, vector: int, channels: int, capability: tuple[int, int], *, strips: bool
+) -> int:
     """Threads of a block at which the kernel's registers suffice."""
     threads = MOST_THREADS[kernel][vector, channels]
+    if not strips and (vector, channels) == (4, 4):
+        threads = 256
     # For 12.x the assembler needs some more registers.
     return threads - 128 if capability >= (12, 0) and threads > 384 else threads
 
@@ -177,7 +208,7 @@ def _whole_line_plans(problem, device, vector, channels) -> Iterator[Plan]:
     """A block takes the four directions of a party, a line of each in a part of a warp."""
     threads_needed = -(-problem.longest // vector)
     lanes = 1 << (threads_needed - 1).bit_length()
-    bound = most_threads(problem.kernel, vector, channels, device.capability)
+    bound = most_threads(problem.kernel, vector, channels, device.capability, strips=False)
     for chunks in (1, 2, 4, 8, 16):
         party = chunks * channels
         threads = WARP * -(-4 * chunks * lanes // WARP)
@@ -193,7 +224,7 @@ def _whole_line_plans(problem, device, vector, channels) -> Iterator[Plan]:
 def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
     """A block takes one direction, its line in strips of a warp each."""
     threads = WARP * -(-problem.longest // (STRIP * vector))
-    bound = most_threads(problem.kernel, vector, channels, device.capability)
+    bound = most_threads(problem.kernel, vector, channels, device.capability, strips=True)
     party = channels
     # Tokens are written in whole sectors, by blocks that the device holds at the same time.
     while (
@@ -202,7 +233,8 @@ def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
         and 8 * party // channels <= device.processors
     ):
         party *= 2
-    for stages, ready in strip_ways(problem.kernel, vector):
+    stages = STRIP_STAGES[problem.kernel][vector, channels]
+    for ready in ready_ways(problem.kernel, vector, channels, strips=True):
         variant = _variant(problem, vector, channels, True, stages, bound, ready)
         size = shared_bytes(problem, variant, threads)
         if threads > bound or size > device.shared_bytes:
@@ -214,51 +246,85 @@ def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
 
 def _variant(problem, vector, channels, strips, stages, bound, ready=False) -> Variant:
     number_format = NUMBER_FORMATS[problem.dtype]
-    return Variant(problem.kernel, number_format, vector, channels, strips, stages, bound, ready)
+    shape = vector, channels, strips, stages, bound
+    return Variant(problem.kernel, number_format, *shape, ready, problem.output)
 
 
 def _cost(plan: Plan, problem: Problem, device: Device) -> tuple:
     """What decides between plans, most important first; the smaller the better.
 
-    The order and the numbers are those that timing every plan on an H100 suggested. Where lines are
-    short, or there is a gradient, threads with many channels do the least work, if there are still
-    four warps to a multiprocessor; in strips, few positions are then best. A small scan of short
-    lines needs all the warps it can have. Long lines go forward best with as many warps as a
-    multiprocessor has use for, in one wave of blocks. Where even the fewest are more than that, two
-    channels to a thread are best, unless the blocks of the last wave leave most of the device idle.
+    The order and the numbers are those that timing every plan on an H100 suggested.
     """
-    variant, processors = plan.variant, device.processors
-    warps = plan.blocks * plan.threads // WARP
-    missing = max(0, 4 * processors - warps)
-    if not variant.strips:
-        work = variant.vector * variant.channels
-        # All the warps there can be, with the least work to each.
-        few = problem.kernel == FORWARD and warps * work <= 2 * LIGHT_WARPS * processors
-        if few:
-            return work, abs(plan.threads - LIGHT_THREADS)
-        return missing, warps, 2 * plan.blocks < processors, -plan.party
-    last_resort = variant.vector == 8, variant.ready != (problem.share >= READY_SHARE)
-    crowded = warps > BUSY_WARPS[problem.kernel][variant.vector] * processors
     if problem.kernel == BACKWARD:
-        return *last_resort, missing, -variant.channels, crowded, variant.vector
-    resident = min(device.shared_bytes // plan.shared_bytes, variant.threads // plan.threads)
-    at_once = processors * max(1, resident)
+        return _cost_backward(plan, device)
+    if not plan.variant.strips:
+        return _cost_of_whole_lines(plan, device)
+    return _cost_of_strips(plan, problem, device)
+
+
+def _cost_backward(plan: Plan, device: Device) -> tuple:
+    """Threads with many channels do the least work, if there are still four warps to a
+    multiprocessor; in strips, few positions are then best, while warps are few."""
+    variant, warps = plan.variant, _warps(plan)
+    missing = max(0, 4 * device.processors - warps)
+    if not variant.strips:
+        return missing, warps, 2 * plan.blocks < device.processors, -plan.party
+    crowded = variant.vector == 2 and warps > BACKWARD_WARPS * device.processors
+    return variant.vector == 8, missing, -variant.channels, crowded, variant.vector
+
+
+def _cost_of_whole_lines(plan: Plan, device: Device) -> tuple:
+    """A small scan needs all the warps that it can have, with the least work to each; others take
+    threads with many channels, if there are still four warps to a multiprocessor."""
+    work, warps = plan.variant.vector * plan.variant.channels, _warps(plan)
+    if warps * work <= 2 * LIGHT_WARPS * device.processors:
+        return work, abs(plan.threads - LIGHT_THREADS)
+    missing = max(0, 4 * device.processors - warps)
+    return missing, warps, 2 * plan.blocks < device.processors, -plan.party
+
+
+def _cost_of_strips(plan: Plan, problem: Problem, device: Device) -> tuple:
+    """As many warps as a multiprocessor has use for, in strips that the lines fill well.
+
+    Where weights are made ready, there is nothing for the channels of a thread to share: one is
+    best, or where warps are too many, the most work to each. Where they are not, and work is
+    plenty, two channels are best.
+    """
+    variant, warps = plan.variant, _warps(plan)
+    ready = problem.share >= READY_SHARE
+    if ready and variant.ready:
+        positions = plan.threads // WARP * STRIP * variant.vector
+        unfilled = problem.longest < FILLED * positions
+        if warps <= READY_WARPS * device.processors:
+            return 0, unfilled, 0, -warps, variant.channels
+        return 0, unfilled, 1, -variant.vector * variant.channels, -variant.vector
+    unwanted = 1 + (variant.vector == 8), variant.ready > ready
+    if max(problem.work / HEAVY_WARPS, warps / BUSY_WARPS) > device.processors:
+        vector = 2 if problem.longest <= LONGEST_BUSY else 4
+        return *unwanted, 1, variant.vector != vector, (2, 4, 1).index(variant.channels)
+    return *unwanted, 0, _last_wave_is_idle(plan, device), -warps, variant.vector
+
+
+def _warps(plan: Plan) -> int:
+    return plan.blocks * plan.threads // WARP
+
+
+def _last_wave_is_idle(plan: Plan, device: Device) -> bool:
+    """Whether blocks come in waves, the last of which leaves most of the device idle."""
+    resident = min(device.shared_bytes // plan.shared_bytes, plan.variant.threads // plan.threads)
+    at_once = device.processors * max(1, resident)
     waves = -(-plan.blocks // at_once)
-    wasteful = waves > 1 and plan.blocks < 0.75 * waves * at_once
-    if not (crowded or wasteful):
-        used = min(plan.blocks, processors)
-        return *last_resort, 0, -warps, -variant.stages, -used, -variant.channels
-    order = variant.vector != 4, -variant.stages, wasteful, (2, 4, 1).index(variant.channels)
-    return *last_resort, 1, *order
+    return waves > 1 and plan.blocks < 0.75 * waves * at_once
 
 
 def shared_bytes(problem: Problem, variant: Variant, threads: int) -> int:
     """Size of the ring, the boards and the tile of the merge, as the kernels divide it."""
     backward, channels = problem.kernel == BACKWARD, variant.channels
-    numbers = (3 + problem.skip + backward) * channels + (0 if variant.ready else TAPS)
+    gates = 4 + problem.skip if backward else 2 + problem.result * (1 + problem.skip)
+    numbers = gates * channels + (0 if variant.ready else TAPS)
     floats = channels if backward else READY_TAPS if variant.ready else 0
     slot = variant.vector * (numbers * problem.dtype.itemsize + floats * 4)
-    boards = 2 * threads // WARP * 2 * channels * variant.vector * 4 if variant.strips else 0
+    boards = 2 * threads // WARP * 2 * HALO * channels * variant.vector * 4 * variant.strips
     tile = 0 if backward else TILE_BYTES
     return max(variant.stages * threads * slot + boards, tile)
 
@@ -276,9 +342,12 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     for kernel, (dtype, name) in product((FORWARD, BACKWARD), NUMBER_FORMATS.items()):
         found.append(Variant(kernel, name))
         for strips in (False, True):
-            for shape in shapes_of_a_thread(dtype.itemsize, strips=strips):
-                threads = most_threads(kernel, *shape, capability)
-                ways = strip_ways(kernel, shape[0]) if strips else [(WHOLE_STAGES, False)]
-                for stages, ready in ways:
-                    found.append(Variant(kernel, name, *shape, strips, stages, threads, ready))
+            for shape in shapes_of_a_thread(kernel, dtype.itemsize, strips=strips):
+                threads = most_threads(kernel, *shape, capability, strips=strips)
+                stages = STRIP_STAGES[kernel][shape] if strips else WHOLE_STAGES
+                ways = ready_ways(kernel, *shape, strips=strips)
+                outputs = (HIDDEN, RESULT, RESULT_WITH_SKIP) if kernel == FORWARD else ("",)
+                for ready, output in product(ways, outputs):
+                    how = strips, stages, threads, ready, output
+                    found.append(Variant(kernel, name, *shape, *how))
     return found

@@ -4,25 +4,26 @@
 //
 //     short lines      | lanes 0 .. n-1: a line | lanes n .. 2n-1: another direction or channel | ..
 //
-//     long lines,      warp 0   | x |  0 ..  29 | x |
-//     in strips        warp 1               | x | 30 ..  59 | x |        x: the halo, the positions
+//     long lines,      warp 0   | x |  0 ..  27 | x |
+//     in strips        warp 1               | x | 28 ..  55 | x |        x: the halo, the positions
 //                      ...                                                  of the warp beside
 //
-// A short line needs shuffles only. Of a long one every warp takes a strip, and computes the V
-// positions beyond each end too: they lose one position of truth with every line, so that after V
-// lines, and not before, the warps tell each other what their ends have become.
+// A short line needs shuffles only. Of a long one every warp takes a strip, and computes what two
+// threads beyond each end compute too: these 2 V positions lose one of truth with every line, so
+// that after 2 V lines, and not before, the warps tell each other what their ends have become.
 //
-// Every thread copies what it needs itself, several lines ahead, into a ring in shared memory:
+// Every warp copies what it needs itself, several lines ahead, into a ring in shared memory:
 //
-//     stage 0 (line i):      row x[0]    | thread 0: V numbers | thread 1: V numbers | ...
-//                            row x[1]    | ...
-//                            ...
-//     stage 1 (line i + 1):  ...
+//     line i:      row x[0]    | thread 0: V numbers | thread 1: V numbers | ...
+//                  row x[1]    | ...
+//                  ...
+//     line i + 1:  ...
 
 enum : int {
-    ALL = ~0,   // lanes of a warp
-    STRIP = 30, // lanes of a strip without its halo
-    QUADS = 256 // threads of a block of the kernels that come before and after a scan
+    ALL = ~0,               // lanes of a warp
+    HALO = 2,               // lanes at each end of a strip that belong to the warps beside
+    STRIP = 32 - 2 * HALO,  // lanes of a strip without its halo
+    QUADS = 256             // threads of a block of the kernels that come before and after a scan
 };
 
 // Where a thread stands: its work, and its first position. Threads whose positions lie off the line
@@ -44,8 +45,8 @@ template <int V, bool STRIPS> struct Place {
         member = STRIPS ? blockIdx.x % members : 0;
         width = STRIPS ? 32 : a.lanes;
         lane = threadIdx.x % width;
-        const bool halo = STRIPS && (lane == 0 || lane == 31);
-        j = STRIPS ? (int(threadIdx.x) / 32 * STRIP + lane - 1) * V : lane * V;
+        const bool halo = STRIPS && (lane < HALO || lane >= 32 - HALO);
+        j = STRIPS ? (int(threadIdx.x) / 32 * STRIP + lane - HALO) * V : lane * V;
         present = !work.idle && j >= 0 && j < work.padded;
         writes = present && !halo;
         visits = width == 32 ? work.lines : max(a.height, a.width);
@@ -128,29 +129,34 @@ template <class T, int V, int STAGES> struct Ring {
     }
 };
 
-// What the strips of a line tell each other: the values of their first and last V positions. Two
+// What the strips of a line tell each other: the values of their first and last HALO threads. Two
 // boards in turn, so that one barrier is enough. Warps without a strip come to the barrier too.
 template <int V, int C> struct Board {
-    static constexpr int SIDE = C * V * sizeof(float);
-    int at, turn;  // offsets in shared memory: of this warp's first board, to the other board
+    static constexpr int SLOT = C * V * sizeof(float), LINES = HALO * V;  // lines between exchanges
+    int put, get, turn;  // offsets in shared memory, to the other board
+    bool puts, gets;
 
-    __device__ Board(int begin) : at(begin + int(threadIdx.x) / 32 * 2 * SIDE), turn(int(blockDim.x) / 32 * 2 * SIDE) {}
-    __device__ __forceinline__ void exchange(const Place<V, true>& place, int which, float (&values)[C][V]) const {
-        const int here = at + (which & 1) * turn;
-        if (place.lane == 1 || place.lane == STRIP) {
+    template <bool STRIPS> __device__ Board(int begin, const Place<V, STRIPS>& place) {
+        const int lane = place.lane, own = begin + int(threadIdx.x) / 32 * 2 * HALO * SLOT;
+        const bool first = lane < 2 * HALO, left = lane < HALO;
+        puts = first ? !left : lane >= 32 - 2 * HALO && lane < 32 - HALO;
+        gets = place.present && (left || lane >= 32 - HALO);
+        put = own + (first ? lane - HALO : lane - (32 - 3 * HALO)) * SLOT;
+        get = own + (left ? lane - HALO : lane - (32 - HALO) + 2 * HALO) * SLOT;
+        turn = int(blockDim.x) / 32 * 2 * HALO * SLOT;
+    }
+    __device__ __forceinline__ void exchange(int which, float (&values)[C][V]) const {
+        const int board = (which & 1) * turn;
+        if (puts)
 #pragma unroll
-            for (int c = 0; c < C; ++c)
-                Vector<float, V>::store(shared_at(here + (place.lane == 1 ? 0 : SIDE) + c * V * 4), values[c]);
-        }
+            for (int c = 0; c < C; ++c) Vector<float, V>::store(shared_at(put + board + c * V * 4), values[c]);
         __syncthreads();
-        if (place.present && (place.lane == 0 || place.lane == 31)) {
+        if (gets)
 #pragma unroll
-            for (int c = 0; c < C; ++c)
-                Vector<float, V>::load(shared_at(here + (place.lane == 0 ? -SIDE : 2 * SIDE) + c * V * 4), values[c]);
-        }
+            for (int c = 0; c < C; ++c) Vector<float, V>::load(shared_at(get + board + c * V * 4), values[c]);
     }
     static __device__ void watch(const Place<V, true>& place) {
-        for (int visit = V; visit < place.work.lines && !place.work.idle; visit += V) __syncthreads();
+        for (int visit = LINES; visit < place.work.lines && !place.work.idle; visit += LINES) __syncthreads();
     }
 };
 
@@ -225,100 +231,176 @@ template <class T> __global__ void __launch_bounds__(QUADS) ready_weights(const 
     Vector<float, V>::store(to + at.padded, right);
 }
 
-// READY: weights come from a.weights.
-template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS, bool READY>
+// What a forward scan writes: h alone, or y, which may have a skip, and h beside it if it is wanted.
+enum Output : int { HIDDEN, RESULT, RESULT_WITH_SKIP };
+
+// The inputs of a forward scan on their way: a walk over the lines, and the ring that they are
+// copied into. A lane copies the positions of SPAN neighbouring lanes from every SPAN-th row, so
+// that a copy has up to 16 bytes.
+template <class T, int V, int C, bool STRIPS, bool READY, Output OUTPUT> struct Feed {
+    static constexpr int SIZE = sizeof(T), BYTES = V * SIZE, FLOATS = V * sizeof(float);
+    static constexpr int SPAN = STRIPS && BYTES < 16 ? HALO : 1, FLOAT_SPAN = STRIPS && FLOATS < 16 ? HALO : 1;
+    enum : int {
+        X = 0, LAM = C, U = 2 * C, SKIP = 3 * C,  // rows
+        LOGITS = (OUTPUT == HIDDEN ? 2 : OUTPUT == RESULT ? 3 : 4) * C,
+        ROWS = LOGITS + (READY ? 0 : 3), COPIES = (ROWS + SPAN - 1) / SPAN,
+        FLOAT_ROWS = READY ? 2 : 0,
+        ROW = 32 * BYTES, FLOAT_ROW = 32 * FLOATS, LINE = ROWS * ROW + FLOAT_ROWS * FLOAT_ROW
+    };
+    int own;           // offset in shared memory: of this warp's ring
+    int lane;
+    int rows[COPIES];  // bytes from the walk to what this lane copies of a line
+    Walk inputs, weights;
+    int weight_row;    // bytes from one row of weights to the next
+    bool present, weights_present, last_row;
+
+    __device__ Feed(const Arguments& a, const Place<V, STRIPS>& place, int lines_of_ring)
+        : own(int(threadIdx.x) / 32 * lines_of_ring * LINE), lane(int(threadIdx.x) % 32),
+          inputs(a.inputs[place.work.axis], place.work, first(place, SPAN), SIZE, false),
+          weights(ready_weights(a, place), 2 * a.groups * place.work.padded * sizeof(float), place.work, false) {
+        const Work& work = place.work;
+        const int row = a.inputs[work.axis].row * SIZE;
+        weight_row = work.padded * sizeof(float);
+        present = within(work, first(place, SPAN)), weights_present = within(work, first(place, FLOAT_SPAN));
+        last_row = ROWS % SPAN == 0 || lane < 32 / SPAN;
+        const int below = lane / (32 / SPAN);
+#pragma unroll
+        for (int k = 0; k < COPIES; ++k) {
+            const int r = k * SPAN + below;
+            const int64 begin = r < LAM ? work.x_row() : r < U ? work.lam_row(a)
+                : r >= LOGITS ? work.logits_row(a) : r < SKIP ? work.u_row(a) : work.skip_row(a);
+            rows[k] = (begin + (r < LOGITS ? r % C : r - LOGITS)) * row;
+        }
+    }
+    // The first position that a lane copies if it does so for `span` lanes.
+    static __device__ int first(const Place<V, STRIPS>& place, int span) {
+        const int lane = int(threadIdx.x) % 32;
+        return place.j + (lane % (32 / span) * span - lane) * V;
+    }
+    static __device__ bool within(const Work& work, int j) { return !work.idle && j >= 0 && j < work.padded; }
+    static __device__ char* ready_weights(const Arguments& a, const Place<V, STRIPS>& place) {
+        const Work& work = place.work;
+        const int64 tap = work.group(a) * 2 + int(threadIdx.x) % 32 / (32 / FLOAT_SPAN);
+        const int64 plane = work.plane(a, SIZE, 2 * a.groups);
+        return reinterpret_cast<char*>(a.weights + plane + tap * work.padded + first(place, FLOAT_SPAN));
+    }
+    __device__ __forceinline__ char* copied(int at, int k) const {
+        return shared_at(own + at + k * SPAN * ROW + lane * SPAN * BYTES);
+    }
+    __device__ __forceinline__ char* copied_float(int at, int k) const {
+        return shared_at(own + at + ROWS * ROW + (k * FLOAT_ROW + lane * FLOATS) * FLOAT_SPAN);
+    }
+    // The next line to the place `at` in the ring.
+    __device__ __forceinline__ void copy(int at, bool exists) {
+        if (exists && present) {
+#pragma unroll
+            for (int k = 0; k < COPIES; ++k)
+                if (k + 1 < COPIES || last_row) copy_async<SPAN * BYTES>(copied(at, k), inputs.at + rows[k]);
+        }
+        if (READY && exists && weights_present) {
+#pragma unroll
+            for (int k = 0; k < FLOAT_ROWS / FLOAT_SPAN; ++k)
+                copy_async<FLOAT_SPAN * FLOATS>(copied_float(at, k), weights.at + k * weight_row);
+        }
+        inputs.advance(), weights.advance();
+    }
+    // Positions off the line are never copied.
+    __device__ void clear(int lines_of_ring) const {
+        float zeros[V] = {};
+        for (int at = 0; at < lines_of_ring * LINE; at += LINE) {
+#pragma unroll
+            for (int span = 0; span < SPAN && !present; ++span)
+                for (int k = 0; k < COPIES; ++k)
+                    if (k + 1 < COPIES || last_row) Vector<T, V>::store(copied(at, k) + span * BYTES, zeros);
+#pragma unroll
+            for (int span = 0; span < FLOAT_SPAN && !weights_present; ++span)
+                for (int k = 0; k < FLOAT_ROWS / FLOAT_SPAN; ++k)
+                    Vector<float, V>::store(copied_float(at, k) + span * FLOATS, zeros);
+        }
+    }
+    // A lane's own positions of a row.
+    __device__ __forceinline__ void load(int at, int row, float (&to)[V]) const {
+        Vector<T, V>::load(shared_at(own + at + row * ROW + lane * BYTES), to);
+    }
+    __device__ __forceinline__ void load_weights(int at, int j, int length, Weights (&w)[V]) const {
+        float left[V], center[V], right[V], slope[3];
+        if constexpr (READY) {
+            const int from = own + at + ROWS * ROW + lane * FLOATS;
+            Vector<float, V>::load(shared_at(from), left);
+            Vector<float, V>::load(shared_at(from + FLOAT_ROW), right);
+#pragma unroll
+            for (int v = 0; v < V; ++v) w[v] = {left[v], 1.f - (left[v] + right[v]), right[v]};
+        } else {
+            load(at, LOGITS, left), load(at, LOGITS + 1, center), load(at, LOGITS + 2, right);
+#pragma unroll
+            for (int v = 0; v < V; ++v)
+                w[v] = propagation_weights(left[v], center[v], right[v], v == 0 && j == 0, v + j == length - 1, slope);
+        }
+    }
+};
+
+// What a line needs besides the h before it.
+template <int V, int C> struct Prepared {
+    Weights w[V];
+    float b[C][V];  // lam x
+};
+
+template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS, bool READY, Output OUTPUT>
 __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
-    constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4;
-    constexpr int TAP_ROWS = READY ? 0 : 3, FLOAT_ROWS = READY ? 2 : 0;
-    enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + TAP_ROWS, SKIP = 3 * C + TAP_ROWS };
+    typedef Feed<T, V, C, STRIPS, READY, OUTPUT> Input;
+    // Lines are copied, and waited for, in batches. Of one line, the next is prepared meanwhile.
+    constexpr int SIZE = sizeof(T), BATCH = STAGES < 6 ? 1 : 2, BATCHES = STAGES / BATCH;
+    constexpr bool AHEAD = BATCH == 1 && BATCHES > 2;
+    constexpr int STEP = BATCH * Input::LINE, END = BATCHES * STEP;
     const Place<V, STRIPS> place(a, SIZE, C);
     const Work& work = place.work;
-    const bool gates = a.result != nullptr, skips = gates && a.skip, keeps = a.hidden != nullptr;
 
     if (place.takes_part()) {
-        const int ring_rows = TAP_ROWS + (skips ? 4 : gates ? 3 : 2) * C;
-        Ring<T, V, STAGES> ring(ring_rows, FLOAT_ROWS);
-        ring.clear(place.present, ring_rows, FLOAT_ROWS);
-        const Rows rows(a, work, a.inputs[work.axis].row * SIZE);
+        Input input(a, place, STAGES);
+        input.clear(STAGES);
+        const bool keeps = OUTPUT == HIDDEN || a.hidden != nullptr;
         const float scale = work.scale(a);
-        Walk input(a.inputs[work.axis], work, place.j, SIZE, false);
-        const int64 plane = work.plane(a, SIZE, a.channels), line = a.channels * work.padded;
-        const int64 begin = plane + int64(work.channel) * work.padded + place.j;
-        int64 out = begin + work.line(0) * line;  // element of the workspaces
-        const int64 out_step = work.reversed ? -line : line;
-        const int64 weight_row = work.padded * sizeof(float), weight_line = 2 * a.groups * weight_row;
-        float* const first_weights =
-            a.weights + work.plane(a, SIZE, 2 * a.groups) + work.group(a) * 2 * work.padded + place.j;
-        Walk weights(reinterpret_cast<char*>(first_weights), weight_line, work, false);
+        const int64 elements = a.channels * work.padded;  // of a line
+        const int64 begin = work.plane(a, SIZE, a.channels) + int64(work.channel) * work.padded + place.j;
+        Walk y(a.partial + begin * SIZE, elements * SIZE, work, false);  // h has the same places
 
-        auto copy_line = [&](int i, int at) {
-            if (i < work.lines && place.present) {
-                ring.template copy<C>(at, X, input.at + rows.x, rows.row);
-                ring.template copy<C>(at, LAM, input.at + rows.lam, rows.row);
-                if constexpr (READY) ring.template copy_floats<2>(at, 0, weights.at, weight_row);
-                else ring.template copy<3>(at, LOGITS, input.at + rows.logits, rows.row);
-                if (gates) ring.template copy<C>(at, U, input.at + rows.u, rows.row);
-                if (skips) ring.template copy<C>(at, SKIP, input.at + rows.skip, rows.row);
-            }
-            input.advance(), weights.advance();
+        int copied_lines = 0;
+        auto copy_batch = [&](int at) {
+#pragma unroll
+            for (int k = 0; k < BATCH; ++k) input.copy(at + k * Input::LINE, copied_lines++ < work.lines);
             commit_copies();
         };
-
-        // What a line needs besides h, ready before the line above it is done.
-        Weights w[V];
-        float b[C][V];
-        auto prepare = [&](int at, Weights (&w)[V], float (&b)[C][V]) {
-            if constexpr (READY) {
-                float left[V], right[V];
-                Vector<float, V>::load(ring.float_slot(at, 0), left);
-                Vector<float, V>::load(ring.float_slot(at, 1), right);
-#pragma unroll
-                for (int v = 0; v < V; ++v) w[v] = {left[v], 1.f - (left[v] + right[v]), right[v]};
-            } else {
-                float slope[V][3];
-                load_weights(ring, at, LOGITS, place.j, work.length, w, slope);
-            }
+        auto prepare = [&](int at, Prepared<V, C>& line) {
+            input.load_weights(at, place.j, work.length, line.w);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 float gate[V];
-                ring.load(at, X + c, b[c]);
-                ring.load(at, LAM + c, gate);
+                input.load(at, Input::X + c, line.b[c]);
+                input.load(at, Input::LAM + c, gate);
 #pragma unroll
-                for (int v = 0; v < V; ++v) b[c][v] *= gate[v] * scale;
+                for (int v = 0; v < V; ++v) line.b[c][v] *= gate[v] * scale;
             }
         };
 
-#pragma unroll 1
-        for (int s = 0; s < STAGES; ++s) copy_line(s, s * ring.stage);
-        wait_copies<STAGES - 1>();
-        prepare(0, w, b);
-
-        const Board<V, C> board(ring.end);
-        const int chunk_size = a.chunk_size ? a.chunk_size : work.lines;
-        int until_restart = 0;
+        const int chunk_size = min(a.chunk_size, int64(work.lines));
+        int since_restart = 0;
         float h[C][V] = {};
-        auto step = [&](int i) {
-            const bool writes = place.writes && i < work.lines;
-            if (until_restart == 0) {
-                until_restart = chunk_size;
+        auto step = [&](int at, const Prepared<V, C>& line, bool exists) {
+            const bool writes = place.writes && exists;
+            if (since_restart == chunk_size) {  // but for the first line never, if it is 0
+                since_restart = 0;
 #pragma unroll
                 for (int c = 0; c < C; ++c)
 #pragma unroll
                     for (int v = 0; v < V; ++v) h[c][v] = 0.f;
             }
-            --until_restart;
+            ++since_restart;
             float left[C], right[C];
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 left[c] = __shfl_up_sync(ALL, h[c][V - 1], 1, place.width);
                 right[c] = __shfl_down_sync(ALL, h[c][0], 1, place.width);
             }
-            const int next = ring.next(ring.now);
-            char* y_to = a.partial + out * SIZE;
-            wait_copies<STAGES - 2>();
-            Weights w_next[V];
-            float b_next[C][V];
-            prepare(next, w_next, b_next);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 float before[V];
@@ -328,48 +410,70 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
                 for (int v = 0; v < V; ++v) {
                     const float beside_left = v == 0 ? left[c] : before[v - 1];
                     const float beside_right = v == V - 1 ? right[c] : before[v + 1];
-                    const float own = w[v].center * before[v] + b[c][v];
-                    h[c][v] = w[v].left * beside_left + (w[v].right * beside_right + own);
+                    const float own = line.w[v].center * before[v] + line.b[c][v];
+                    h[c][v] = line.w[v].left * beside_left + (line.w[v].right * beside_right + own);
                 }
-                if (gates) {
-                    float y[V];
-                    ring.load(ring.now, U + c, y);
+                if constexpr (OUTPUT != HIDDEN) {
+                    float out[V];
+                    input.load(at, Input::U + c, out);
 #pragma unroll
-                    for (int v = 0; v < V; ++v) y[v] *= h[c][v];
-                    if (skips) {
+                    for (int v = 0; v < V; ++v) out[v] *= h[c][v];
+                    if constexpr (OUTPUT == RESULT_WITH_SKIP) {
                         float x[V], gate[V];
-                        ring.load(ring.now, X + c, x);
-                        ring.load(ring.now, SKIP + c, gate);
+                        input.load(at, Input::X + c, x);
+                        input.load(at, Input::SKIP + c, gate);
 #pragma unroll
-                        for (int v = 0; v < V; ++v) y[v] += gate[v] * x[v];
+                        for (int v = 0; v < V; ++v) out[v] += gate[v] * x[v];
                     }
-                    if (writes) Vector<T, V>::store(y_to, y);
-                    y_to += work.padded * SIZE;
+                    if (writes) Vector<T, V>::store(y.at + c * work.padded * SIZE, out);
                 }
-                if (keeps && writes) Vector<float, V>::store(a.hidden + out + c * work.padded, h[c]);
             }
-            out += out_step;
-            copy_line(i + STAGES, ring.now);
-            ring.now = next;
+            if (keeps && writes) {
+                float* const to = a.hidden + (y.at - a.partial) / SIZE;
 #pragma unroll
-            for (int v = 0; v < V; ++v) w[v] = w_next[v];
-#pragma unroll
-            for (int c = 0; c < C; ++c)
-#pragma unroll
-                for (int v = 0; v < V; ++v) b[c][v] = b_next[c][v];
+                for (int c = 0; c < C; ++c) Vector<float, V>::store(to + c * work.padded, h[c]);
+            }
+            y.advance();
         };
+
+        __syncwarp();
 #pragma unroll 1
-        for (int i = 0; i < place.visits; i += TOGETHER) {
+        for (int k = 0; k + 1 < BATCHES; ++k) copy_batch(k * STEP);
+        Prepared<V, C> lines[BATCH];
+        if constexpr (AHEAD) {
+            wait_copies<BATCHES - 2>();
+            __syncwarp();
+            prepare(0, lines[0]);
+        }
+        const Board<V, C> board(int(blockDim.x) / 32 * END, place);
+        int now = 0, free = END - STEP;  // places in the ring: of this batch and of the one before
+#pragma unroll 1
+        for (int i = 0; i < place.visits; i += BATCH) {
             if constexpr (STRIPS)
-                if (i > 0) board.exchange(place, i / TOGETHER, h);
-#pragma unroll 2
-            for (int k = 0; k < TOGETHER; ++k)
-                if (i + k < place.visits) step(i + k);
+                if (i > 0 && i % Board<V, C>::LINES == 0) board.exchange(i / Board<V, C>::LINES, h);
+            __syncwarp();  // everyone is done with the batch before
+            copy_batch(free);
+            wait_copies<BATCHES - 1 - AHEAD>();
+            __syncwarp();
+            free = now;
+            now = now + STEP == END ? 0 : now + STEP;
+            if constexpr (AHEAD) {
+                Prepared<V, C> next;
+                prepare(now, next);
+                step(free, lines[0], i < work.lines);
+                lines[0] = next;
+            } else {
+#pragma unroll
+                for (int k = 0; k < BATCH; ++k) prepare(free + k * Input::LINE, lines[k]);
+#pragma unroll
+                for (int k = 0; k < BATCH; ++k)
+                    if (k == 0 || i + k < place.visits) step(free + k * Input::LINE, lines[k], i + k < work.lines);
+            }
         }
     }
     else if constexpr (STRIPS) Board<V, C>::watch(place);
     wait_copies<0>();
-    if (gates) merge_maps<T, (V * C > 4 ? 2 : 1)>(a, work, place.member, place.members);
+    if constexpr (OUTPUT != HIDDEN) merge_maps<T, (V * C > 4 ? 2 : 1)>(a, work, place.member, place.members);
 }
 
 // The gradient is a scan over the lines in reverse. With g the gradient of h,
@@ -379,7 +483,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_forward(const Arguments a) {
 // At visit v a thread stands on line lines - 1 - v; the ring's stage holds h of the line before.
 template <class T, int V, int C, bool STRIPS, int STAGES, int THREADS>
 __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
-    constexpr int SIZE = sizeof(T), TOGETHER = STRIPS || V > 4 ? V : 4;
+    constexpr int SIZE = sizeof(T), TOGETHER = Board<V, C>::LINES;
     enum { X = 0, LAM = C, LOGITS = 2 * C, U = 2 * C + 3, GRAD_Y = 3 * C + 3, SKIP = 4 * C + 3 };
     const Place<V, STRIPS> place(a, SIZE, C);
     const Work& work = place.work;
@@ -434,7 +538,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
 #pragma unroll 1
         for (int s = 0; s < STAGES; ++s) copy_line(s, s * ring.stage);
 
-        const Board<V, C> board(ring.end);
+        const Board<V, C> board(ring.end, place);
         const int last_line = work.lines - 1;
         int since_restart = a.chunk_size ? last_line % a.chunk_size : last_line;
         float carry[C][V] = {};
@@ -521,7 +625,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
 #pragma unroll 1
         for (int visit = 0; visit < place.visits; visit += TOGETHER) {
             if constexpr (STRIPS)
-                if (visit > 0) board.exchange(place, visit / TOGETHER, carry);
+                if (visit > 0) board.exchange(visit / TOGETHER, carry);
 #pragma unroll 1
             for (int k = 0; k < TOGETHER; ++k)
                 if (visit + k < place.visits) step(visit + k);

@@ -137,6 +137,11 @@ def test_every_division_of_the_work_is_right(width, groups, kernel, device, pois
         check_result(case, device)
         check_gradients(case, device, Tensor.contiguous)
 
+    def planned(plan, problem, gpu):
+        if problem.kernel != kernel:
+            return make_plan(problem, gpu)
+        return replace(plan, variant=replace(plan.variant, output=problem.output))
+
     run(lambda *a: problems.append(a) or make_plan(*a))
     (problem, gpu), *_ = [args for args in problems if args[0].kernel == kernel]
     possible = list(plans.ring_plans(problem, gpu))
