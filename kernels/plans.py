@@ -23,13 +23,10 @@ CHANNELS = (4, 2, 1)  # of a thread
 READY_TAPS = 2  # of a position that are made ready: the third is what they leave of one
 READY_SHARE = 16  # channels of a group from which on that is worth a launch
 LONGEST_WHOLE = 64  # positions of a line up to which it is not cut into strips
-WHOLE_STAGES = 4  # depth of the ring of lines that are copied ahead
-STRIP_STAGES = {  # the same, of lines in strips, by positions and channels of a thread
-    FORWARD: {
-        (2, 1): 6, (2, 2): 6, (2, 4): 6, (4, 1): 4, (4, 2): 6, (4, 4): 4, (8, 1): 2,
-    },
-    BACKWARD: dict.fromkeys(((2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4), (8, 1)), 2),
+STRIP_STAGES = {  # depth of a forward scan's ring, by positions and channels of a thread
+    (2, 1): 6, (2, 2): 6, (2, 4): 6, (4, 1): 4, (4, 2): 6, (4, 4): 4, (8, 1): 2,
 }  # fmt: skip
+LEAST_STAGES = 2  # for lines that are too long otherwise
 READY_SHAPES = ((2, 1), (2, 2), (4, 1), (8, 1))  # of threads, in strips, to make weights ready for
 LIGHT_WARPS, LIGHT_THREADS = 10, 128  # of a multiprocessor, a block: a scan of short lines so small
 # Warps of a multiprocessor beyond which more are of no use, where lines are in strips: forward with
@@ -187,10 +184,20 @@ def shapes_of_a_thread(kernel: str, itemsize: int, *, strips: bool) -> list[tupl
     return shapes
 
 
-def ready_ways(kernel: str, vector: int, channels: int, *, strips: bool) -> tuple[bool, ...]:
-    """Whether weights are made ready: both only where it pays."""
-    both = kernel == FORWARD and strips and (vector, channels) in READY_SHAPES
-    return (False, True) if both else (False,)
+def ring_ways(
+    kernel: str, vector: int, channels: int, *, strips: bool
+) -> list[tuple[int, bool]]:
+    """Depths of the ring of lines that are copied ahead, and whether weights are made ready."""
+    if kernel == BACKWARD:
+        return [(LEAST_STAGES if strips else 4, False)]
+    if not strips:
+        return [(6 if channels < 4 else 4, False)]
+    ways = [(STRIP_STAGES[vector, channels], False)]
+    if (vector, channels) in READY_SHAPES:
+        ways.append((STRIP_STAGES[vector, channels], True))
+    if (vector, channels) == (4, 1):
+        ways.append((LEAST_STAGES, False))
+    return ways
 
 
 def most_threads(
@@ -206,13 +213,14 @@ def most_threads(
 
 def _whole_line_plans(problem, device, vector, channels) -> Iterator[Plan]:
     """A block takes the four directions of a party, a line of each in a part of a warp."""
+    ((stages, _),) = ring_ways(problem.kernel, vector, channels, strips=False)
     threads_needed = -(-problem.longest // vector)
     lanes = 1 << (threads_needed - 1).bit_length()
     bound = most_threads(problem.kernel, vector, channels, device.capability, strips=False)
     for chunks in (1, 2, 4, 8, 16):
         party = chunks * channels
         threads = WARP * -(-4 * chunks * lanes // WARP)
-        variant = _variant(problem, vector, channels, False, WHOLE_STAGES, bound)
+        variant = _variant(problem, vector, channels, False, stages, bound)
         size = shared_bytes(problem, variant, threads)
         crowded = chunks > 1 and party >= 2 * problem.channels
         if threads > bound or crowded or party > LARGEST_PARTY or size > device.shared_bytes:
@@ -233,8 +241,7 @@ def _strip_plans(problem, device, vector, channels) -> Iterator[Plan]:
         and 8 * party // channels <= device.processors
     ):
         party *= 2
-    stages = STRIP_STAGES[problem.kernel][vector, channels]
-    for ready in ready_ways(problem.kernel, vector, channels, strips=True):
+    for stages, ready in ring_ways(problem.kernel, vector, channels, strips=True):
         variant = _variant(problem, vector, channels, True, stages, bound, ready)
         size = shared_bytes(problem, variant, threads)
         if threads > bound or size > device.shared_bytes:
@@ -280,7 +287,8 @@ def _cost_of_whole_lines(plan: Plan, device: Device) -> tuple:
     if warps * work <= 2 * LIGHT_WARPS * device.processors:
         return work, abs(plan.threads - LIGHT_THREADS)
     missing = max(0, 4 * device.processors - warps)
-    return missing, warps, 2 * plan.blocks < device.processors, -plan.party
+    few_blocks = 2 * plan.blocks < device.processors
+    return missing, warps, few_blocks, -plan.party, -plan.variant.vector
 
 
 def _cost_of_strips(plan: Plan, problem: Problem, device: Device) -> tuple:
@@ -298,7 +306,8 @@ def _cost_of_strips(plan: Plan, problem: Problem, device: Device) -> tuple:
         if warps <= READY_WARPS * device.processors:
             return 0, unfilled, 0, -warps, variant.channels
         return 0, unfilled, 1, -variant.vector * variant.channels, -variant.vector
-    unwanted = 1 + (variant.vector == 8), variant.ready > ready
+    last_resort = 2 if variant.vector == 8 else 3 if variant.stages == LEAST_STAGES else 1
+    unwanted = last_resort, variant.ready > ready
     if max(problem.work / HEAVY_WARPS, warps / BUSY_WARPS) > device.processors:
         vector = 2 if problem.longest <= LONGEST_BUSY else 4
         return *unwanted, 1, variant.vector != vector, (2, 4, 1).index(variant.channels)
@@ -344,10 +353,9 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
         for strips in (False, True):
             for shape in shapes_of_a_thread(kernel, dtype.itemsize, strips=strips):
                 threads = most_threads(kernel, *shape, capability, strips=strips)
-                stages = STRIP_STAGES[kernel][shape] if strips else WHOLE_STAGES
-                ways = ready_ways(kernel, *shape, strips=strips)
+                ways = ring_ways(kernel, *shape, strips=strips)
                 outputs = (HIDDEN, RESULT, RESULT_WITH_SKIP) if kernel == FORWARD else ("",)
-                for ready, output in product(ways, outputs):
+                for (stages, ready), output in product(ways, outputs):
                     how = strips, stages, threads, ready, output
                     found.append(Variant(kernel, name, *shape, *how))
     return found

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import sqrt
 
@@ -149,7 +150,7 @@ def test_every_division_of_the_work_is_right(width, groups, kernel, device, pois
     try:
         for plan in possible:
             try:
-                run(lambda p, gpu, plan=plan: plan if p.kernel == kernel else make_plan(p, gpu))
+                run(partial(planned, plan))
             except AssertionError as error:
                 raise AssertionError(f"{plan}: {error}") from error
     finally:
