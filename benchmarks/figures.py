@@ -111,7 +111,6 @@ def ladder_figure(axes, results: dict) -> None:
 
 FIGURES: dict[str, Callable] = {
     "unet-sdxl-cuda": unet_figure,
-    "unet-sdxl-compiled-cuda": unet_figure,
     "layer-cuda": layer_figure,
     "scan-cuda": scan_figure,
     "ladder-cuda": ladder_figure,
