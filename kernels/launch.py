@@ -5,10 +5,12 @@ workspaces and streams are torch's; CuPy only gets addresses. What depends on si
 out once: a small scan is over before Python has done much.
 """
 
+import logging
 import threading
 from array import array
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +27,11 @@ SOURCE = "\n".join(
 )
 OPTIONS = ("--std=c++17",)
 PACK_THREADS, TILE_POSITIONS = 256, 64
-QUADS, QUAD = 256, 4  # threads, of four positions each, before and after a scan
+QUAD_THREADS, QUAD = 256, 4  # of a block; positions of a thread, before and after a scan
 PACK_SHARED_BYTES = 64 * 33 * 4
+SECONDS_TO_LOAD = 1.0  # of a kernel from CuPy's cache: what takes longer is being compiled
 
+_logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _this_thread = threading.local()
 _functions: dict[tuple[str, int], object] = {}  # compiled kernels by name and device
@@ -87,13 +91,33 @@ def load(name: str, device_index: int):
 def _compile(name: str, device_index: int):
     import cupy
 
-    with cupy.cuda.Device(device_index):
+    with cupy.cuda.Device(device_index), _said_if_it_takes_long():
         module = cupy.RawModule(
             code=SOURCE, options=OPTIONS, backend="nvrtc", name_expressions=(name,)
         )
         kernel = module.get_function(name)
         kernel.max_dynamic_shared_size_bytes = Device.of(device_index).shared_bytes
         return kernel.kernel
+
+
+@contextmanager
+def _said_if_it_takes_long() -> Iterator[None]:
+    """Tell the user why nothing happens, while kernels are compiled."""
+    timer = threading.Timer(SECONDS_TO_LOAD, _say_that_kernels_are_compiled)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@cache
+def _say_that_kernels_are_compiled() -> None:
+    _logger.warning(
+        "Compiling the CUDA kernels of GSPN-2 for this GPU: some seconds for each that a model or "
+        "size needs, and only once, as CuPy keeps them on disk."
+    )
 
 
 def launch(
@@ -187,6 +211,7 @@ def _readable(lines: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _workspace_size(rows: int, sizes: Sizes, itemsize: int) -> int:
+    """:meth:`Sizes.workspace_size`, looked up."""
     return sizes.workspace_size(rows, itemsize)
 
 
@@ -238,7 +263,7 @@ def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
 
     def beside(kernel: str, rows: int) -> None:
         blocks = _blocks_of_quads(rows, plan.counters, sizes, lines[0].element_size())
-        launch(f"{kernel}<{variant.number_format}>", blocks, QUADS, 0, arguments, device)
+        launch(f"{kernel}<{variant.number_format}>", blocks, QUAD_THREADS, 0, arguments, device)
 
     if variant.ready:
         beside("ready_weights", sizes.groups)
@@ -250,7 +275,7 @@ def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
 @lru_cache(maxsize=1024)
 def _blocks_of_quads(rows: int, counters: int, sizes: Sizes, itemsize: int) -> int:
     """Blocks whose threads take four positions each of `rows` rows of all lines, and a counter."""
-    return -(-max(counters, sizes.workspace_size(rows, itemsize) // QUAD) // QUADS)
+    return -(-max(counters, sizes.workspace_size(rows, itemsize) // QUAD) // QUAD_THREADS)
 
 
 def _zero_counters(plan: Plan, device: torch.device) -> Tensor | None:
@@ -281,8 +306,8 @@ def pack(
     x: Tensor, params: Tensor | None, sizes: Sizes, *, arrivals: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The lines, by axis, of tokens `x` ``[B, N, P]`` and `params` ``[B, N, K]``; without params,
-    of contiguous x alone. With `arrivals` also the zeroed counters of the forward scan that comes
-    next."""
+    of x alone, which is contiguous then. With `arrivals` also the zeroed counters of the forward
+    scan that comes next."""
     device, dtype = x.device, x.dtype
     rows = sizes.channels if params is None else sizes.rows
     shapes = [sizes.lines_shape(axis, rows, dtype.itemsize) for axis in (0, 1)]

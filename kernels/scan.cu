@@ -23,7 +23,7 @@ enum : int {
     ALL = ~0,               // lanes of a warp
     HALO = 2,               // lanes at each end of a strip that belong to the warps beside
     STRIP = 32 - 2 * HALO,  // lanes of a strip without its halo
-    QUADS = 256             // threads of a block of the kernels that come before and after a scan
+    QUAD_THREADS = 256      // of a block of the kernels that come before and after a scan
 };
 
 // Where a thread stands: its work, and its first position. Threads whose positions lie off the line
@@ -182,7 +182,7 @@ template <class T> struct Quad {
 
     __device__ Quad(const Arguments& a, int64 rows) : rows(rows) {
         constexpr int SIZE = sizeof(T);
-        int64 rest = int64(blockIdx.x) * QUADS + threadIdx.x;
+        int64 rest = int64(blockIdx.x) * QUAD_THREADS + threadIdx.x;
         const int64 upright = 2 * a.batch * a.height * rows * (Work::pad(a.width, SIZE) / V);
         axis = rest >= upright;
         if (axis) rest -= upright;
@@ -207,9 +207,9 @@ template <class T> struct Quad {
 
 // Where many channels share weights, they are made ready once, before the scan. The counters with
 // which blocks wait for one another are set to zero on the way.
-template <class T> __global__ void __launch_bounds__(QUADS) ready_weights(const Arguments a) {
+template <class T> __global__ void __launch_bounds__(QUAD_THREADS) ready_weights(const Arguments a) {
     constexpr int V = Quad<T>::V;
-    const int64 index = int64(blockIdx.x) * QUADS + threadIdx.x;
+    const int64 index = int64(blockIdx.x) * QUAD_THREADS + threadIdx.x;
     if (index < a.batch * ((a.channels + a.party - 1) / a.party)) a.arrivals[index] = 0;
 
     const Quad<T> at(a, a.groups);
@@ -257,7 +257,7 @@ template <class T, int V, int C, bool STRIPS, bool READY, Output OUTPUT> struct 
     __device__ Feed(const Arguments& a, const Place<V, STRIPS>& place, int lines_of_ring)
         : own(int(threadIdx.x) / 32 * lines_of_ring * LINE), lane(int(threadIdx.x) % 32),
           inputs(a.inputs[place.work.axis], place.work, first(place, SPAN), SIZE, false),
-          weights(ready_weights(a, place), 2 * a.groups * place.work.padded * sizeof(float), place.work, false) {
+          weights(first_weights(a, place), 2 * a.groups * place.work.padded * sizeof(float), place.work, false) {
         const Work& work = place.work;
         const int row = a.inputs[work.axis].row * SIZE;
         weight_row = work.padded * sizeof(float);
@@ -278,7 +278,7 @@ template <class T, int V, int C, bool STRIPS, bool READY, Output OUTPUT> struct 
         return place.j + (lane % (32 / span) * span - lane) * V;
     }
     static __device__ bool within(const Work& work, int j) { return !work.idle && j >= 0 && j < work.padded; }
-    static __device__ char* ready_weights(const Arguments& a, const Place<V, STRIPS>& place) {
+    static __device__ char* first_weights(const Arguments& a, const Place<V, STRIPS>& place) {
         const Work& work = place.work;
         const int64 tap = work.group(a) * 2 + int(threadIdx.x) % 32 / (32 / FLOAT_SPAN);
         const int64 plane = work.plane(a, SIZE, 2 * a.groups);
@@ -637,7 +637,7 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
 }
 
 // Add up the shares of the gradient of logits, after the scan.
-template <class T> __global__ void __launch_bounds__(QUADS) add_shares(const Arguments a) {
+template <class T> __global__ void __launch_bounds__(QUAD_THREADS) add_shares(const Arguments a) {
     constexpr int V = Quad<T>::V;
     const int64 rows = 3 * a.groups;
     const Quad<T> at(a, rows);

@@ -13,6 +13,7 @@ from gspn2_diffusers.families import family_of
 from gspn2_diffusers.fuse import fuse_block
 from gspn2_diffusers.kernels import cuda_scan, launch
 from gspn2_diffusers.kernels.layout import LineLayout, TokenLayout, pad
+from gspn2_diffusers.kernels.plans import FORWARD
 from gspn2_diffusers.pipelines.cards import CARDS, card_rates, measure_rates, specified_rates
 from gspn2_diffusers.pipelines.parts import without_data
 from gspn2_diffusers.pipelines.tracing import SCAN_DEVICE, Rates, Work, trace
@@ -248,7 +249,7 @@ def test_a_scan_takes_what_the_cuda_path_allocates(unlaunched, dtype, height, wi
     check_allocations(real, trace(lambda: scan(x, params, *sizes, 0, 0)))
 
 
-def test_a_scan_is_two_launches_and_waits_for_its_lines():
+def test_a_scan_of_tokens_packs_them_and_waits_for_its_lines():
     block = GSPN2Block(16, GSPN2Config()).to("meta")
     tokens = meta(1, 40 * 30, 16)
     works = trace(lambda: block(tokens, (40, 30))).works
@@ -257,12 +258,18 @@ def test_a_scan_is_two_launches_and_waits_for_its_lines():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("height, width", [(5, 9), (64, 48), (3, 5000)])
-def test_a_scan_of_lines_takes_what_the_cuda_path_allocates(unlaunched, dtype, height, width):
-    layout = LineLayout(8, 1, True)
+@pytest.mark.parametrize(
+    "height, width, channels", [(5, 9, 8), (64, 48, 8), (3, 5000, 8), (96, 72, 32)]
+)
+def test_a_scan_of_lines_takes_what_the_cuda_path_allocates(
+    unlaunched, dtype, height, width, channels
+):
+    layout = LineLayout(channels, 1, True)
     rows = meta(1, height, layout.rows, pad(width, dtype.itemsize), dtype=dtype)
     columns = meta(1, width, layout.rows, pad(height, dtype.itemsize), dtype=dtype)
-    sizes = height, width, 8, 1, 0, True, 0, 0
+    sizes = height, width, channels, 1, 0, True, 0, 0
+    plan = launch.plan_for(FORWARD, launch.Sizes(1, *sizes), dtype, 0)
+    assert plan.variant.ready == (channels == 32)
     real = trace(lambda: cuda_scan.scan_lines_now(rows, columns, *sizes))
     scan = torch.ops.gspn2_diffusers.torch_scan_lines
     check_allocations(real, trace(lambda: scan(rows, columns, *sizes)))

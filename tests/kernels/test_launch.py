@@ -1,0 +1,50 @@
+"""What surrounds the launches of the CUDA kernels, where there is no GPU."""
+
+import sys
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from gspn2_diffusers.kernels import launch
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands in for CuPy's, which takes `seconds` for a kernel."""
+    found = SimpleNamespace(seconds=0.0, kernel=SimpleNamespace(kernel="compiled"))
+
+    def get_function(name):
+        time.sleep(found.seconds)
+        return found.kernel
+
+    module = SimpleNamespace(get_function=get_function)
+    device = lambda index: nullcontext()  # noqa: E731
+    cupy = SimpleNamespace(RawModule=lambda **_: module, cuda=SimpleNamespace(Device=device))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(launch.Device, "of", lambda _: SimpleNamespace(shared_bytes=0))
+    monkeypatch.setattr(launch, "SECONDS_TO_LOAD", 0.05)
+    monkeypatch.setattr(launch, "_functions", {})
+    launch._say_that_kernels_are_compiled.cache_clear()
+    return found
+
+
+def test_kernels_that_have_to_be_compiled_are_announced_once(compiler, caplog):
+    compiler.seconds = 0.5
+    assert launch.load("first<int>", 0) == launch.load("second<int>", 0) == "compiled"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "Compiling the CUDA kernels" in record.message
+
+
+def test_kernels_from_the_cache_are_not(compiler, caplog):
+    assert launch.load("first<int>", 0) == "compiled"
+    time.sleep(0.2)
+    assert not caplog.records
+
+
+def test_a_kernel_is_compiled_once_for_each_device(compiler):
+    first = launch.load("first<int>", 0)
+    compiler.kernel = SimpleNamespace(kernel="compiled again")
+    assert launch.load("first<int>", 0) is first
+    assert launch.load("first<int>", 1) == "compiled again"
