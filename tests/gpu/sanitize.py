@@ -23,9 +23,10 @@ from gspn2_diffusers.kernels.dense import RELATIVE_RMS, relative_error  # noqa: 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 # (channels, groups): 1, 2 and 4 channels to a thread, weights shared, by group, and own.
 CHANNELS = [(1, 1), (6, 1), (16, 1), (16, 4), (16, 16), (20, 10)]
-# Parts of a warp, whole ones, strips, of twice as many positions to a thread, longer than a block.
-MAPS = [(5, 7), (1, 33), (70, 3), (3, 260), (2, 2500), (9, 4100)]
-OPTIONS = [(None, False), (3, True)]  # chunk_size, store_hidden
+# Parts of a warp, whole ones, strips of 2, 4 and 8 positions to a thread, longer than a block.
+MAPS = [(5, 7), (1, 33), (70, 3), (3, 260), (2, 1100), (2, 2500), (9, 4100)]
+# chunk_size, store_hidden, skip
+OPTIONS = [(None, False, True), (3, True, True), (None, False, False)]
 
 
 def main() -> None:
@@ -46,19 +47,21 @@ def main() -> None:
 def cases() -> Iterator[tuple]:
     """Every number of channels and every map with some partner: not their whole product."""
     for index, (channels, grid) in enumerate(product(CHANNELS, MAPS)):
-        small = grid[0] * grid[1] < 1000
+        small = grid[0] * grid[1] < 2000
         if small or index % 3 == 0:
-            yield (*channels, *grid), OPTIONS[index % 2]
+            yield (*channels, *grid), OPTIONS[index % len(OPTIONS)]
 
 
-def check(dtype, channels, groups, height, width, chunk_size, store_hidden, *, gradients) -> None:
+def check(
+    dtype, channels, groups, height, width, chunk_size, store_hidden, skip, *, gradients
+) -> None:
     """One scan of maps and one of tokens, with gradients if wanted, against the CPU."""
     torch.manual_seed(0)
     batch, grid = 2, (height, width)
     maps = [
         torch.randn(batch, channels, *grid),
         torch.randn(batch, 4, groups, 3, *grid),
-        *(torch.randn(batch, 4, channels, *grid) for _ in range(3)),
+        *(torch.randn(batch, 4, channels, *grid) for _ in range(3 if skip else 2)),
     ]
     tokens = [
         torch.randn(batch, height * width, channels),
@@ -92,7 +95,7 @@ def check(dtype, channels, groups, height, width, chunk_size, store_hidden, *, g
             # Wrong values mean a wrong kernel, not rounding: that is for the tests to measure.
             if expected.abs().max() > 1e-5:
                 error = relative_error(mine, expected)
-                case = (dtype, channels, groups, grid, chunk_size, store_hidden)
+                case = (dtype, channels, groups, grid, chunk_size, store_hidden, skip)
                 assert error < 20 * RELATIVE_RMS[dtype], f"{scan.__name__} {case}: {error:.1e}"
 
 
