@@ -257,7 +257,8 @@ def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
         for tensor in pair or (None, None):
             strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
             arguments += (_address(tensor), *strides)
-    parts, variant = _parts(plan, sizes), plan.variant
+    *_, weights, shares, _, _ = outputs
+    parts, variant = 0 if shares is None else len(shares), plan.variant
     arguments += map(_address, outputs)
     arguments += (*sizes, parts, plan.party, plan.lanes)
 
@@ -265,10 +266,10 @@ def _run(plan, lines, grad_y, grads, outputs, sizes, device) -> None:
         blocks = _blocks_of_quads(rows, plan.counters, sizes, lines[0].element_size())
         launch(f"{kernel}<{variant.number_format}>", blocks, QUAD_THREADS, 0, arguments, device)
 
-    if variant.ready:
+    if weights is not None:
         beside("ready_weights", sizes.groups)
     launch(variant.name, plan.blocks, plan.threads, plan.shared_bytes, arguments, device)
-    if grads is not None and parts > 1:
+    if shares is not None:
         beside("add_shares", TAPS * sizes.groups)
 
 
@@ -315,14 +316,13 @@ def pack(
     if arrivals:
         count = plan_for(FORWARD, sizes, dtype, device.index).counters
         counters = allocate((count,), torch.int32, device) if count else None
-    if params is None and x.numel() == prod(shapes[0]) and sizes.channels == 1:
-        upright = _readable(x.view(shapes[0]))  # one channel lies in rows already
-        lines = upright, allocate(shapes[1], dtype, device)
-        _move("pack_tokens", (x, x), params, (None, lines[1]), sizes, counters)
-    else:
-        lines = tuple(allocate(shape, dtype, device) for shape in shapes)
-        _move("pack_tokens", (x, x), params, lines, sizes, counters)
-    return *lines, counters
+    # One channel, alone and without padding, lies in rows already.
+    in_rows = params is None and sizes.channels == 1 and x.numel() == prod(shapes[0])
+    upright = _readable(x.view(shapes[0])) if in_rows else allocate(shapes[0], dtype, device)
+    sideways = allocate(shapes[1], dtype, device)
+    packed = None if in_rows else upright, sideways
+    _move("pack_tokens", (x, x), params, packed, sizes, counters)
+    return upright, sideways, counters
 
 
 def unpack(lines: Sequence[Tensor], sizes: Sizes, params_width: int) -> tuple[Tensor, Tensor]:

@@ -206,7 +206,7 @@ def most_threads(
     """Threads of a block at which the kernel's registers suffice."""
     threads = MOST_THREADS[kernel][vector, channels]
     if not strips and (vector, channels) == (4, 4):
-        threads = 256
+        threads = 256  # as many as short lines need; 384 spill
     # For 12.x the assembler needs some more registers.
     return threads - 128 if capability >= (12, 0) and threads > 384 else threads
 

@@ -160,16 +160,12 @@ template <int V, int C> struct Board {
     }
 };
 
-// The weights of a thread's positions from three rows of logits.
-template <class T, int V, int STAGES> __device__ __forceinline__ void
-load_weights(const Ring<T, V, STAGES>& ring, int at, int r, int j, int length, Weights (&w)[V], float (&slope)[V][3]) {
-    float left[V], center[V], right[V];
-    ring.load(at, r, left);
-    ring.load(at, r + 1, center);
-    ring.load(at, r + 2, right);
+// The weights of V neighbouring positions, of which j is the first, from their logits.
+template <int V> __device__ __forceinline__ void
+weights_of(const float (&l)[V], const float (&c)[V], const float (&r)[V], int j, int length, Weights (&w)[V], float (&slope)[V][3]) {
 #pragma unroll
     for (int v = 0; v < V; ++v)
-        w[v] = propagation_weights(left[v], center[v], right[v], v == 0 && j == 0, v + j == length - 1, slope[v]);
+        w[v] = propagation_weights(l[v], c[v], r[v], v == 0 && j == 0, v + j == length - 1, slope[v]);
 }
 
 // Four positions of one of the `rows` rows that every line of every direction has in a workspace,
@@ -216,16 +212,14 @@ template <class T> __global__ void __launch_bounds__(QUAD_THREADS) ready_weights
     if (!at.present) return;
     const Lines& lines = a.inputs[at.axis];
     const char* logits = at.in(lines, Work::logits_row(a, at.reversed, at.row));
-    float l[V], c[V], r[V], left[V], right[V], slope[3];
+    float l[V], c[V], r[V], left[V], right[V], slope[V][3];
     Vector<T, V>::load(logits, l);
     Vector<T, V>::load(logits + lines.row * sizeof(T), c);
     Vector<T, V>::load(logits + 2 * lines.row * sizeof(T), r);
+    Weights w[V];
+    weights_of(l, c, r, at.j, at.length, w, slope);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-        const bool first = at.j + v == 0, last = at.j + v == at.length - 1;
-        const Weights w = propagation_weights(l[v], c[v], r[v], first, last, slope);
-        left[v] = w.left, right[v] = w.right;
-    }
+    for (int v = 0; v < V; ++v) left[v] = w[v].left, right[v] = w[v].right;
     float* const to = a.weights + at.in_workspace(a, 2);
     Vector<float, V>::store(to, left);
     Vector<float, V>::store(to + at.padded, right);
@@ -323,7 +317,7 @@ template <class T, int V, int C, bool STRIPS, bool READY, Output OUTPUT> struct 
         Vector<T, V>::load(shared_at(own + at + row * ROW + lane * BYTES), to);
     }
     __device__ __forceinline__ void load_weights(int at, int j, int length, Weights (&w)[V]) const {
-        float left[V], center[V], right[V], slope[3];
+        float left[V], center[V], right[V], slope[V][3];
         if constexpr (READY) {
             const int from = own + at + ROWS * ROW + lane * FLOATS;
             Vector<float, V>::load(shared_at(from), left);
@@ -332,9 +326,7 @@ template <class T, int V, int C, bool STRIPS, bool READY, Output OUTPUT> struct 
             for (int v = 0; v < V; ++v) w[v] = {left[v], 1.f - (left[v] + right[v]), right[v]};
         } else {
             load(at, LOGITS, left), load(at, LOGITS + 1, center), load(at, LOGITS + 2, right);
-#pragma unroll
-            for (int v = 0; v < V; ++v)
-                w[v] = propagation_weights(left[v], center[v], right[v], v == 0 && j == 0, v + j == length - 1, slope);
+            weights_of(left, center, right, j, length, w, slope);
         }
     }
 };
@@ -549,8 +541,9 @@ __global__ void __launch_bounds__(THREADS, 1) scan_backward(const Arguments a) {
             since_restart = (restart ? int(a.chunk_size) : since_restart) - 1;
             wait_copies<STAGES - 1>();
             Weights w[V];
-            float slope[V][3], sums[V][3] = {};
-            load_weights(ring, ring.now, LOGITS, place.j, work.length, w, slope);
+            float l[V], c[V], r[V], slope[V][3], sums[V][3] = {};
+            ring.load(ring.now, LOGITS, l), ring.load(ring.now, LOGITS + 1, c), ring.load(ring.now, LOGITS + 2, r);
+            weights_of(l, c, r, place.j, work.length, w, slope);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 float g[V], dy[V], value[V], gate[V], out[V];

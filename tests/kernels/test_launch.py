@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gspn2_diffusers.kernels import launch
 
@@ -48,3 +49,19 @@ def test_a_kernel_is_compiled_once_for_each_device(compiler):
     compiler.kernel = SimpleNamespace(kernel="compiled again")
     assert launch.load("first<int>", 0) is first
     assert launch.load("first<int>", 1) == "compiled again"
+
+
+@pytest.mark.parametrize(
+    "channels, width, in_rows", [(1, 16, True), (1, 12, False), (2, 16, False)]
+)
+def test_one_channel_is_not_packed_along_its_rows(channels, width, in_rows, monkeypatch):
+    launched = []
+    monkeypatch.setattr(launch, "launch", lambda *call: launched.append(call))
+    sizes = launch.Sizes(2, 8, width, channels, 1, 0, False)
+    x = torch.randn(2, 8 * width, channels).half()
+    rows, columns, _ = launch.pack(x, None, sizes)
+    assert (rows.shape, columns.shape) == ((2, 8, channels, 16), (2, width, channels, 8))
+    assert (rows.data_ptr() == x.data_ptr()) == in_rows
+    ((_, blocks, _, _, arguments, _),) = launched
+    assert arguments[3:5] == (0 if in_rows else rows.data_ptr(), columns.data_ptr())
+    assert blocks == 2 * (1 if in_rows else 2)  # a tile of 64 by 64 for each image and wanted axis
